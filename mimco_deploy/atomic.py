@@ -1,0 +1,92 @@
+"""Files and folders that appear whole or not at all: temporary name, fsync, rename.
+
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def sync_dir(folder: Path) -> None:
+    """Make a rename inside `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_file(path: Path) -> None:
+    """Flush one file's content to the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace `path` by `content`: readers see the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_dir(path.parent)
+
+
+@contextlib.contextmanager
+def staged_dir(target: Path) -> Iterator[Path]:
+    """Yield an empty folder that takes the place of `target` when the block ends without an error.
+
+    A folder cannot be renamed over another, so the old one steps aside first, under the name `<target>.old`; `recover`
+    brings it back where a crash fell between the two renames. One writer at a time.
+
+    Args:
+        target: the folder to create or replace.
+
+    Yields:
+        The staging folder, beside `target`, on the same file system.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    recover(target)
+    staging = target.with_name(f".{target.name}.staging")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    try:
+        yield staging
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    for folder, _, names in os.walk(staging):
+        for name in names:
+            sync_file(Path(folder) / name)
+        sync_dir(Path(folder))
+    aside = _aside(target)
+    if target.exists():
+        target.replace(aside)
+    staging.replace(target)
+    sync_dir(target.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def recover(target: Path) -> None:
+    """Undo a replacement of `target` that a crash interrupted. Call before reading or replacing it."""
+    aside = _aside(target)
+    if not aside.exists():
+        return
+    if target.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
+        aside.replace(target)
+
+
+def _aside(target: Path) -> Path:
+    return target.with_name(f"{target.name}.old")

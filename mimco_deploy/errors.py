@@ -1,0 +1,106 @@
+"""Every error that a user's input can cause.
+
+Each is one line: what was found, what was expected, and the command that mends it. The command line prints that line
+and exits with 1; anything that is not a `MimcoError` is a defect of mimco and keeps its traceback.
+
+    MimcoError
+    ├── WorkspaceError         an artefact that a command needs is not there
+    ├── MissingExtraError      an optional dependency is not installed
+    ├── ImageError             one picture cannot be turned into pixels
+    ├── ConfigError            a setting that does not exist or does not fit
+    ├── DataError              a training corpus that cannot be trained on
+    ├── CheckpointError        a checkpoint that is missing, broken or of another kind
+    ├── TrainingError          a run that diverged or collapsed
+    ├── TrainingInterrupted    a run that was asked to stop, after its checkpoint was written
+    ├── BundleError            an encoder bundle that is missing, broken or fails its own proof
+    ├── ParityError            an exported graph that does not answer as torch does
+    ├── IndexStoreError        an index that is missing, broken or held by another writer
+    └── EncoderMismatchError   an index made by another encoder
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+ImageProblem = Literal["missing", "unreadable", "empty", "too_large", "unsupported", "truncated", "corrupt"]
+
+
+class MimcoError(Exception):
+    """Base of all errors a user can cause.
+
+    Args:
+        found: what is the case, naming the file, key or value.
+        expected: what would have been right, or empty.
+        command: the next command to run, or empty.
+    """
+
+    def __init__(self, found: str, *, expected: str = "", command: str = "") -> None:
+        self.found = found
+        self.expected = expected
+        self.command = command
+        parts = [found]
+        if expected:
+            parts.append(f"expected {expected}")
+        if command:
+            parts.append(f"run: {command}")
+        super().__init__("; ".join(parts))
+
+
+class WorkspaceError(MimcoError):
+    """An artefact that a command needs is not in the workspace."""
+
+
+class MissingExtraError(MimcoError):
+    """An optional dependency is not installed."""
+
+
+class ImageError(MimcoError):
+    """One picture cannot be turned into pixels.
+
+    Args:
+        problem: the reason class, stable enough to count and store.
+        found: the same in words.
+    """
+
+    def __init__(self, problem: ImageProblem, found: str) -> None:
+        super().__init__(found)
+        self.problem = problem
+
+    def __reduce__(self) -> tuple[type[ImageError], tuple[str, str]]:
+        return (ImageError, (self.problem, self.found))  # crosses process borders in data-loading workers
+
+
+class ConfigError(MimcoError):
+    """A setting that does not exist or does not fit the others."""
+
+
+class DataError(MimcoError):
+    """A training corpus that cannot be trained on."""
+
+
+class CheckpointError(MimcoError):
+    """A checkpoint that is missing, broken or of another kind."""
+
+
+class TrainingError(MimcoError):
+    """A run that diverged (NaN) or collapsed."""
+
+
+class TrainingInterrupted(MimcoError):
+    """A run that was asked to stop. Its checkpoint is written."""
+
+
+class BundleError(MimcoError):
+    """An encoder bundle that is missing, broken or fails its own proof."""
+
+
+class ParityError(MimcoError):
+    """An exported graph that does not answer as torch does."""
+
+
+class IndexStoreError(MimcoError):
+    """An index that is missing, broken or held by another writer."""
+
+
+class EncoderMismatchError(MimcoError):
+    """An index made by another encoder than the one at hand."""

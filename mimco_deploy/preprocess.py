@@ -1,0 +1,65 @@
+"""The one eval-time geometry: RGB picture → uint8 [H, W, 3].
+
+Bicubic resize of the short side, then a centre crop, equal bit for bit to torchvision's `Resize` and `CenterCrop` on
+Pillow pictures (and so to timm's evaluation transform). Normalisation is not here: it is part of the exported graph.
+
+Standard library, NumPy and Pillow only.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from mimco_deploy.errors import ConfigError, ImageError
+
+MAX_ASPECT = 32
+"""Longer pictures lose their ends before the resize. The centre crop would cut them off anyway; but a picture of
+4000 × 1 px would first become 1,024,000 px wide. Up to this ratio the result is that of torchvision."""
+
+
+def preprocess(picture: Image.Image, image_size_px: int, crop_share: float) -> npt.NDArray[np.uint8]:
+    """Bring a picture to the square that an encoder takes.
+
+    Args:
+        picture: mode RGB, any size, as `images.decode_image` gives it.
+        image_size_px: side of the square, ≥ 1.
+        crop_share: side of the square over the short side of the resized picture, in (0, 1]; 0.875 gives 256 → 224.
+
+    Returns:
+        Pixels uint8 [image_size_px, image_size_px, 3].
+
+    Raises:
+        ImageError: the picture is not RGB.
+        ConfigError: the size or the share is out of range.
+    """
+    if picture.mode != "RGB":
+        raise ImageError("unsupported", f"the picture has mode {picture.mode}, not RGB: decode it with decode_image")
+    if image_size_px < 1 or not 0 < crop_share <= 1:
+        raise ConfigError(
+            f"image size {image_size_px} px with crop share {crop_share}", expected="a size ≥ 1 and a share in (0, 1]"
+        )
+    resized = _resize(_without_far_ends(picture), math.floor(image_size_px / crop_share))
+    # Python's round, half to even, is what torchvision uses.
+    left = round((resized.width - image_size_px) / 2)
+    top = round((resized.height - image_size_px) / 2)
+    return np.array(resized.crop((left, top, left + image_size_px, top + image_size_px)))  # [H, W, 3]
+
+
+def _resize(picture: Image.Image, short_px: int) -> Image.Image:
+    width, height = picture.size
+    short = min(width, height)
+    size = (int(short_px * width / short), int(short_px * height / short))  # exact for the short side itself
+    return picture.resize(size, Image.Resampling.BICUBIC)
+
+
+def _without_far_ends(picture: Image.Image) -> Image.Image:
+    width, height = picture.size
+    kept = MAX_ASPECT * min(width, height)
+    cut_x, cut_y = max(0, (width - kept) // 2), max(0, (height - kept) // 2)  # alike on both ends: the centre stays
+    if not cut_x and not cut_y:
+        return picture
+    return picture.crop((cut_x, cut_y, width - cut_x, height - cut_y))

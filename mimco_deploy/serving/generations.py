@@ -1,0 +1,173 @@
+"""How an index lies on the disk, who may write it, and how a rebuilt one takes its place.
+
+    index/
+    ├── index.json          {"format_version": 1, "generation": 3}: which folder is the index
+    ├── lock                flock while somebody writes; holds the writer's process id
+    └── 000003/             one generation
+        ├── catalog.sqlite
+        └── vectors.f32
+
+An update grows the current generation. A rebuild fills the next one beside it and then replaces `index.json`, one
+rename: readers of the old one go on reading what they opened, the lock never moves, and a rebuild that was killed goes
+on where it stopped. No number comes twice, so SQLite never finds the journal of another catalogue under its name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mimco_deploy.atomic import sync_dir, write_bytes
+from mimco_deploy.errors import EncoderMismatchError, IndexStoreError
+from mimco_deploy.serving.catalog import Catalog, create_catalog
+from mimco_deploy.serving.vectors import create_vectors, read_vectors
+
+FORMAT_VERSION = 1
+POINTER_FILE = "index.json"
+LOCK_FILE = "lock"
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One complete set of index files."""
+
+    path: Path
+    """The folder; its name is the number, six digits."""
+
+    @property
+    def number(self) -> int:
+        """Counts up from 1."""
+        return int(self.path.name)
+
+    @property
+    def catalog(self) -> Path:
+        """The truth."""
+        return self.path / "catalog.sqlite"
+
+    @property
+    def vectors(self) -> Path:
+        """The embeddings."""
+        return self.path / "vectors.f32"
+
+
+def has_index(index: Path) -> bool:
+    """Whether there is an index to read."""
+    return (index / POINTER_FILE).is_file()
+
+
+def current_generation(index: Path) -> Generation:
+    """Find the generation to read.
+
+    Raises:
+        IndexStoreError: there is no index, or its pointer cannot be read.
+    """
+    pointer = index / POINTER_FILE
+    if not has_index(index):
+        raise IndexStoreError(f"no index in {index}", command="mimco index DIR")
+    try:
+        document = json.loads(pointer.read_text(encoding="utf-8"))
+        version, number = document["format_version"], int(document["generation"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise IndexStoreError(f"{pointer} cannot be read ({error!r})", command="mimco index --rebuild DIR") from error
+    if version != FORMAT_VERSION:
+        raise IndexStoreError(
+            f"{pointer} has format version {version}", expected=str(FORMAT_VERSION), command="mimco index --rebuild DIR"
+        )
+    return _generation(index, number)
+
+
+def begin_generation(index: Path, fingerprint: str, dim: int) -> Generation:
+    """Make the generation after the current one, or go on with one that was begun for the same encoder.
+
+    Call under `writer_lock`. Readers do not see it before `switch_to`.
+    """
+    generation = _generation(index, _last_number(index) + 1)
+    if _was_begun_for(generation, fingerprint, dim):
+        return generation
+    shutil.rmtree(generation.path, ignore_errors=True)
+    generation.path.mkdir(parents=True)
+    create_vectors(generation.vectors, dim)
+    create_catalog(generation.catalog, fingerprint, dim)
+    sync_dir(generation.path)
+    sync_dir(index)
+    return generation
+
+
+def switch_to(index: Path, generation: Generation) -> None:
+    """Make a generation the current one and remove those before it. Call under `writer_lock`."""
+    document = {"format_version": FORMAT_VERSION, "generation": generation.number}
+    write_bytes(index / POINTER_FILE, (json.dumps(document) + "\n").encode())
+    sweep(index, generation)
+
+
+def sweep(index: Path, current: Generation) -> None:
+    """Remove generations before the current one, which a crash may have left. Call under `writer_lock`."""
+    for folder in index.iterdir():
+        if folder.is_dir() and folder.name.isdecimal() and int(folder.name) < current.number:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_encoder(index: Path, catalog: Catalog, fingerprint: str) -> None:
+    """Refuse an index made by another encoder: its embeddings mean something else.
+
+    Raises:
+        EncoderMismatchError: the fingerprints differ.
+    """
+    if catalog.fingerprint != fingerprint:
+        raise EncoderMismatchError(
+            f"the index in {index} was made by encoder {catalog.fingerprint[:12]}",
+            expected=f"{fingerprint[:12]}, the encoder at hand",
+            command="mimco index --rebuild",
+        )
+
+
+@contextlib.contextmanager
+def writer_lock(index: Path) -> Iterator[None]:
+    """Be the only writer of an index while the block runs. The lock falls with the process, however it ends.
+
+    Raises:
+        IndexStoreError: another process writes.
+    """
+    index.mkdir(parents=True, exist_ok=True)
+    with (index / LOCK_FILE).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise IndexStoreError(
+                f"the index in {index} is being written by process {holder}", expected="one writer at a time"
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
+
+
+def _generation(index: Path, number: int) -> Generation:
+    return Generation(index / f"{number:06d}")
+
+
+def _last_number(index: Path) -> int:
+    """Number of the current generation, 0 where there is none; of the newest where the pointer is broken."""
+    if not has_index(index):
+        return 0
+    try:
+        return current_generation(index).number
+    except IndexStoreError:
+        return max((int(folder.name) for folder in index.iterdir() if folder.name.isdecimal()), default=0)
+
+
+def _was_begun_for(generation: Generation, fingerprint: str, dim: int) -> bool:
+    try:
+        with Catalog(generation.catalog) as catalog, catalog.snapshot():
+            read_vectors(generation.vectors, catalog.embedding_dim, catalog.row_count())
+            return catalog.fingerprint == fingerprint and catalog.embedding_dim == dim
+    except IndexStoreError:
+        return False

@@ -1,0 +1,97 @@
+"""The folders of an index: which are recorded, which enclose which, how one is forgotten."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from mimco_deploy.errors import IndexStoreError
+from mimco_deploy.serving.catalog import Catalog, Root
+from mimco_deploy.serving.generations import current_generation, has_index, writer_lock
+from mimco_deploy.serving.scan import readable
+
+logger = logging.getLogger(__name__)
+
+
+def existing_folder(root: Path) -> Path:
+    """Resolve a folder that a user named.
+
+    Raises:
+        IndexStoreError: it does not exist or is a file.
+    """
+    if not root.is_dir():
+        found = "is a file" if root.exists() else "does not exist"
+        raise IndexStoreError(f"{readable(root)} {found}", expected="a folder of pictures")
+    return root.resolve()
+
+
+def roots_to_keep(index: Path, *, may_be_broken: bool) -> list[Path]:
+    """List the recorded folders that a rebuild has to embed again.
+
+    Args:
+        index: the index folder; nothing is recorded where there is none.
+        may_be_broken: whether to go on without them where the old catalogue cannot be read.
+
+    Raises:
+        IndexStoreError: a folder is not there, and a rebuild would lose what the index holds of it.
+    """
+    if not has_index(index):
+        return []
+    try:
+        with Catalog(current_generation(index).catalog) as catalog, catalog.snapshot():
+            recorded = [root.path for root in catalog.roots()]
+    except IndexStoreError as error:
+        if not may_be_broken:
+            raise
+        logger.warning("the old index cannot be read, only the folders given are indexed: %s", error)
+        return []
+    for root in recorded:
+        if not root.is_dir():
+            raise IndexStoreError(
+                f"{readable(root)} is not there, and a rebuild would lose its files",
+                expected="all indexed folders",
+                command=f"mimco index --forget {readable(root)}",
+            )
+    return recorded
+
+
+def record_roots(catalog: Catalog, folders: Sequence[Path]) -> list[Root]:
+    """Record folders as roots so that no file lies below two; return the roots to walk."""
+    touched: dict[Path, Root] = {}
+    for folder in sorted(set(folders)):  # outer ones first
+        recorded = catalog.roots()
+        root = next((known for known in recorded if _reaches(known.path, folder)), None)
+        if root is None:
+            root = catalog.add_root(folder)
+            for inner in recorded:
+                if _reaches(folder, inner.path):
+                    catalog.absorb_root(inner, root)
+        touched[root.path] = root
+    return list(touched.values())
+
+
+def _reaches(outer: Path, inner: Path) -> bool:
+    """Whether a walk of `outer` comes to `inner`: walks pass over hidden folders."""
+    if not inner.is_relative_to(outer):
+        return False
+    return not any(part.startswith(".") for part in inner.relative_to(outer).parts)
+
+
+def forget_root(index: Path, root: Path) -> int:
+    """Take an indexed folder out of the index, whether or not it still exists.
+
+    Returns:
+        How many files were dropped.
+
+    Raises:
+        IndexStoreError: no index, not an indexed folder, or another process is writing.
+    """
+    current_generation(index)  # before the lock makes a folder where there is no index
+    with writer_lock(index), Catalog(current_generation(index).catalog) as catalog, catalog.transaction():
+        recorded = {known.path: known for known in catalog.roots()}
+        found = recorded.get(root.resolve()) or recorded.get(root.absolute())
+        if found is None:
+            listed = ", ".join(readable(path) for path in recorded) or "none"
+            raise IndexStoreError(f"{readable(root)} is not an indexed folder", expected=f"one of: {listed}")
+        return catalog.remove_root(found)

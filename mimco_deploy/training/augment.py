@@ -1,0 +1,101 @@
+"""Views of a picture: MoCo v3's pair for stage 1, one masked crop for stage 2.
+
+Both are callables on an upright RGB picture that draw from torch's global generator and give uint8 tensors;
+`to_input` turns those into what a backbone takes.
+"""
+
+from __future__ import annotations
+
+import torch
+from PIL import Image, ImageFilter
+from torch import Tensor
+from torchvision.transforms import v2
+
+from mimco_deploy.training.config import BackboneConfig, MaskConfig, ViewsConfig
+from mimco_deploy.training.masking import draw_mask, mask_shape
+
+# ImageNet's channel statistics in [0, 1], the field's convention; export puts the same into the graph.
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+
+
+def to_input(pixels: Tensor) -> Tensor:
+    """uint8 [B, 3, H, W] in 0…255 → float32 [B, 3, H, W], normalised by channel."""
+    mean = torch.tensor(MEAN, device=pixels.device).view(1, 3, 1, 1)
+    std = torch.tensor(STD, device=pixels.device).view(1, 3, 1, 1)
+    return (pixels.float() / 255.0 - mean) / std
+
+
+class TwoViews:
+    """MoCo v3's two augmentations of one picture: they differ in the rate of blur and in solarisation.
+
+    Args:
+        image_size_px: side of the views.
+        config: crop scale and blur.
+
+    Source: MoCo v3 (arXiv 2104.02057), appendix; values as in BYOL (arXiv 2006.07733), appendix B.
+    """
+
+    def __init__(self, image_size_px: int, config: ViewsConfig) -> None:
+        first, last = config.blur_radius_px
+        scale = image_size_px / 224
+        blur = _PillowBlur((first * scale, last * scale))
+        self._view1 = _mocov3_view(image_size_px, config.min_crop_scale, v2.RandomApply([blur], p=1.0))
+        self._view2 = _mocov3_view(
+            image_size_px, config.min_crop_scale, v2.RandomApply([blur], p=0.1), v2.RandomSolarize(128, p=0.2)
+        )
+
+    def __call__(self, picture: Image.Image) -> tuple[Tensor, Tensor]:
+        """Two uint8 [3, H, W]."""
+        return self._view1(picture), self._view2(picture)
+
+
+class MaskedView:
+    """One crop, and the mask under which the student sees it (SimMIM, arXiv 2111.09886, section 4.1).
+
+    Args:
+        backbone: gives the image's and the patch's side.
+        config: crop scale, mask unit and ratio.
+
+    Raises:
+        ConfigError: see `mask_shape`.
+    """
+
+    def __init__(self, backbone: BackboneConfig, config: MaskConfig) -> None:
+        self._crop = v2.Compose(
+            [
+                v2.RandomResizedCrop(backbone.image_size_px, scale=(config.min_crop_scale, 1.0)),
+                v2.RandomHorizontalFlip(),
+                v2.PILToTensor(),
+            ]
+        )
+        self._shape = mask_shape(backbone, config)
+
+    def __call__(self, picture: Image.Image) -> tuple[Tensor, Tensor]:
+        """uint8 [3, H, W] and bool [h, w]."""
+        return self._crop(picture), draw_mask(self._shape)
+
+
+def _mocov3_view(image_size_px: int, min_crop_scale: float, *blur_and_solarise: torch.nn.Module) -> v2.Compose:
+    return v2.Compose(
+        [
+            v2.RandomResizedCrop(image_size_px, scale=(min_crop_scale, 1.0)),
+            v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
+            v2.RandomGrayscale(p=0.2),
+            *blur_and_solarise,
+            v2.RandomHorizontalFlip(),
+            v2.PILToTensor(),
+        ]
+    )
+
+
+class _PillowBlur(torch.nn.Module):
+    """Gaussian blur of a random radius. torchvision's own has a fixed kernel and leaves Pillow, which costs time."""
+
+    def __init__(self, radius_px: tuple[float, float]) -> None:
+        super().__init__()
+        self._low, self._high = radius_px
+
+    def forward(self, picture: Image.Image) -> Image.Image:
+        radius = self._low + (self._high - self._low) * torch.rand(()).item()
+        return picture.filter(ImageFilter.GaussianBlur(radius))

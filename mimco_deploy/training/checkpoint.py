@@ -1,0 +1,138 @@
+"""Checkpoints: one folder, replaced as a whole.
+
+last/
+├── config.json         format version, stage, step, settings, fingerprint of the corpus
+├── model.safetensors   the method's state: encoder, heads, teacher or momentum encoder, queue
+├── optimizer.pt        AdamW's state, loaded with weights_only=True
+└── timm/               the encoder alone, for timm.create_model("local-dir:…")
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mimco_deploy.atomic import recover, staged_dir
+from mimco_deploy.errors import CheckpointError
+from mimco_deploy.training.backbone import Backbone, save_as_timm
+from mimco_deploy.training.config import Stage1Config, Stage2Config, from_document, to_document
+
+FORMAT_VERSION = 1
+STAGES: dict[str, type[Stage1Config] | type[Stage2Config]] = {"stage1": Stage1Config, "stage2": Stage2Config}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk whose `config.json` was read."""
+
+    path: Path
+    stage: str
+    step: int
+    total_steps: int
+    corpus: str
+    """Fingerprint of the corpus."""
+    config: Stage1Config | Stage2Config
+
+    def load_model(self) -> dict[str, Tensor]:
+        """The method's state.
+
+        Raises:
+            CheckpointError: the file is missing or broken.
+        """
+        try:
+            return load_file(self.path / "model.safetensors")
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{self.path / 'model.safetensors'}: {error}", expected="safetensors") from error
+
+    def load_optimizer(self) -> dict[str, Any]:
+        """The optimiser's state.
+
+        Raises:
+            CheckpointError: the file is missing or broken.
+        """
+        path = self.path / "optimizer.pt"
+        try:
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, ValueError, EOFError) as error:
+            raise CheckpointError(f"{path}: {error}", expected="an optimiser's state") from error
+        return state
+
+
+def save_checkpoint(
+    folder: Path, method: nn.Module, optimizer: torch.optim.Optimizer, config: Stage1Config | Stage2Config, **state: Any
+) -> None:
+    """Replace `folder` by the present state of a run.
+
+    Args:
+        folder: the checkpoint, `last/` of a run.
+        method: has the backbone as `encoder`.
+        optimizer: its AdamW.
+        config: of the run.
+        state: `step`, `total_steps` and `corpus` of `Checkpoint`.
+    """
+    stage = next(name for name, kind in STAGES.items() if isinstance(config, kind))
+    document = {"format_version": FORMAT_VERSION, "stage": stage, **state, "config": to_document(config)}
+    with staged_dir(folder) as staging:
+        (staging / "config.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        save_file(method.state_dict(), staging / "model.safetensors")
+        torch.save(optimizer.state_dict(), staging / "optimizer.pt")
+        assert isinstance(method.encoder, Backbone)
+        save_as_timm(method.encoder, staging / "timm")
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Read a checkpoint's `config.json`.
+
+    Raises:
+        CheckpointError: there is none, or it is of another format.
+    """
+    recover(folder)
+    path = folder / "config.json"
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        version, stage = document.pop("format_version"), document.pop("stage")
+        if version != FORMAT_VERSION:
+            raise CheckpointError(f"{path} has format version {version}", expected=str(FORMAT_VERSION))
+        config = from_document(STAGES[stage], document.pop("config"))
+        return Checkpoint(folder, stage, config=config, **document)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"no checkpoint in {folder}", expected="config.json") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: {error}", expected="a checkpoint's config.json") from error
+
+
+def load_encoder(checkpoint: Checkpoint) -> tuple[Backbone, str]:
+    """The trained encoder of a run, and the pooling that its loss trained.
+
+    Of a MoCo v3 run it is the online encoder, as in every published evaluation of it.
+
+    Raises:
+        CheckpointError: the weights do not fit the settings; names the keys.
+    """
+    backbone = Backbone(checkpoint.config.backbone)
+    prefix = "encoder."
+    state = {
+        key.removeprefix(prefix): value for key, value in checkpoint.load_model().items() if key.startswith(prefix)
+    }
+    load_strictly(backbone, state, checkpoint.path)
+    pooling = checkpoint.config.method.pooling if isinstance(checkpoint.config, Stage2Config) else "cls"
+    return backbone, pooling
+
+
+def load_strictly(module: nn.Module, state: dict[str, Tensor], source: Path) -> None:
+    """Load weights that fit exactly.
+
+    Raises:
+        CheckpointError: keys are missing or surplus, or shapes differ; names them.
+    """
+    try:
+        module.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"{source}: {' '.join(str(error).split())}", expected="weights that fit") from error

@@ -1,0 +1,340 @@
+"""What a run is made of: frozen dataclasses, and presets as functions.
+
+A preset returns a `Recipe`: the settings of both stages for one backbone. Variants by `dataclasses.replace` or, from
+the command line, by `--set section.field=value`. Where a paper's value is unknown, the field says "our choice" and why.
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar, cast
+
+from mimco_deploy.errors import ConfigError
+
+ConfigT = TypeVar("ConfigT")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneConfig:
+    """A timm vision transformer, its sizes open to change."""
+
+    name: str
+    """timm's name of the architecture."""
+    image_size_px: int
+    """Side of the square input."""
+    patch_size_px: int
+    """Side of a patch."""
+    embed_dim: int
+    """Width D."""
+    depth: int
+    """Number of blocks."""
+    num_heads: int
+    """Attention heads. MoCo v3's ViT-S has 12 where timm's and DeiT's has 6."""
+    drop_path: float = 0.0
+    """Rate of stochastic depth at the last block, rising linearly from 0 at the first."""
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side."""
+        return self.image_size_px // self.patch_size_px
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where pictures come from and how they are held."""
+
+    sources: tuple[str, ...] = ()
+    """Folders, picture files and plain tars, in any mix."""
+    memory_mib: int = 2048
+    """Budget for holding the whole corpus decoded as uint8; a corpus that does not fit is decoded at each use."""
+    max_bad_share: float = 0.05
+    """Share of undecodable pictures above which the run is refused. Our choice: more than a few in a hundred is a
+    wrong folder or a broken disk rather than bad luck."""
+    workers: int = 1
+    """Data-loading processes for each training process; 0 loads in the training process itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW, and a learning rate that warms up linearly and falls by a cosine, step by step."""
+
+    base_lr: float
+    """Learning rate per 256 images; lr = base_lr · global_batch_size / 256."""
+    weight_decay: float
+    """Decoupled weight decay."""
+    decay_everything: bool
+    """True decays biases, norms and tokens as well (MoCo v3's code); False spares all of them (SimMIM's recipe)."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's moments."""
+    warmup_epochs: float = 0.0
+    """Epochs of linear warm-up."""
+    warmup_lr: float = 0.0
+    """Where the warm-up starts, per 256 images."""
+    min_lr: float = 0.0
+    """Where the cosine ends, per 256 images."""
+    clip_norm: float = 0.0
+    """Largest global norm of the gradient; 0 does not clip."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """How long, how many at once, how exactly."""
+
+    epochs: int
+    """Passes over the corpus."""
+    global_batch_size: int
+    """Images in one optimiser step, over all processes and accumulation."""
+    accumulate: int = 1
+    """Micro-batches in one optimiser step. Contrastive terms see the negatives of their own micro-batch only."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """`auto` is bf16 autocast where the device computes in it, else fp32."""
+    seed: int = 0
+    """Everything random is a function of this, the step and the position in the batch."""
+    log_every_steps: int = 10
+    """Steps between two lines of the log; NaN and collapse are looked for at the same time."""
+    checkpoint_every_steps: int = 500
+    """Steps between two checkpoints."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewsConfig:
+    """Stage 1's two augmented views (MoCo v3)."""
+
+    min_crop_scale: float = 0.08
+    """Smallest share of the picture's area in a crop; the largest is 1."""
+    blur_radius_px: tuple[float, float] = (0.1, 2.0)
+    """Range of the Gaussian's standard deviation, for 224 px; scaled with the image size, which is our choice: the
+    paper trains at 224 only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoCoV3Config:
+    """MoCo v3 for ViT (arXiv 2104.02057)."""
+
+    temperature: float = 0.2
+    """τ"""
+    momentum: float = 0.99
+    """m of the first step; rises to 1 by a cosine."""
+    hidden_dim: int = 4096
+    """Width of the heads' hidden layers."""
+    projection_dim: int = 256
+    """P, width of queries and keys."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskConfig:
+    """SimMIM's random masks (arXiv 2111.09886)."""
+
+    mask_patch_size_px: int = 32
+    """Side of the unit that is masked as a whole; a multiple of the backbone's patch."""
+    mask_ratio: float = 0.6
+    """Share of units masked, rounded up. SimMIM's value; MimCo's is unknown."""
+    min_crop_scale: float = 0.67
+    """Smallest share of the picture's area in the one crop that student and teacher see (SimMIM)."""
+
+
+Dictionary = Literal["intra", "batch", "queue"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MimCoConfig:
+    """MimCo (arXiv 2209.03063). The paper's values are not public; each field is our choice, with its reason."""
+
+    dictionaries: tuple[Dictionary, ...] = ("intra", "batch")
+    """Where the patch loss takes negatives: the same image, other images of the batch, a queue of past teacher tokens.
+    Our choice is the first two: a contrastive teacher's tokens are alike within an image, so negatives from it alone
+    say little, and the batch's add meaning for no further teacher pass."""
+    batch_keys: int = 4096
+    """Most tokens drawn from the batch as negatives. Our choice: bounds the logits at large batches."""
+    queue_size: int = 4096
+    """K, tokens in the queue. Our choice; entries never go stale, because the teacher is frozen."""
+    patch_temperature: float = 0.2
+    """τ of the patch loss. Our choice: MoCo v3's and MoBY's value."""
+    image_temperature: float = 0.2
+    """τ of the image loss. Our choice, likewise."""
+    patch_weight: float = 1.0
+    """λ of the patch loss. Our choice: the plain sum."""
+    image_weight: float = 1.0
+    """λ of the image loss. Our choice, likewise."""
+    hidden_dim: int = 4096
+    """Hidden width of the image head. Our choice: MoCo v3's."""
+    pooling: Literal["mean", "cls"] = "mean"
+    """What the image loss trains and the encoder exports. Our choice: the mean uses every token that the patch loss
+    shapes, and exists for backbones without a CLS token."""
+    init_from_teacher: bool = False
+    """Start the student from the teacher's weights instead of at random. Our choice is off, as the plain reading of the
+    abstract; on keeps the teacher's quality from the first step (measured in docs/decisions.md)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage1Config:
+    """Stage 1: the contrastive teacher."""
+
+    backbone: BackboneConfig
+    run: RunConfig
+    optim: OptimConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    views: ViewsConfig = field(default_factory=ViewsConfig)
+    method: MoCoV3Config = field(default_factory=MoCoV3Config)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage2Config:
+    """Stage 2: the student, against the frozen teacher."""
+
+    backbone: BackboneConfig
+    run: RunConfig
+    optim: OptimConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    method: MimCoConfig = field(default_factory=MimCoConfig)
+    teacher: str = ""
+    """Checkpoint folder of the teacher; empty takes the workspace's stage 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Both stages for one backbone."""
+
+    stage1: Stage1Config
+    stage2: Stage2Config
+
+
+def vit_tiny_debug() -> Recipe:
+    """A ViT of 1.2 M parameters at 32 px: minutes on two CPU cores. For demos and tests, not for quality."""
+    backbone = BackboneConfig(
+        name="vit_tiny_patch16_224", image_size_px=32, patch_size_px=8, embed_dim=128, depth=6, num_heads=4
+    )
+    run = RunConfig(epochs=20, global_batch_size=256, checkpoint_every_steps=100)
+    return Recipe(
+        stage1=Stage1Config(
+            backbone=backbone,
+            run=run,
+            optim=OptimConfig(base_lr=1e-3, weight_decay=0.1, decay_everything=True, warmup_epochs=1, clip_norm=1.0),
+            views=ViewsConfig(min_crop_scale=0.2),
+            method=MoCoV3Config(hidden_dim=512, projection_dim=128),
+        ),
+        stage2=Stage2Config(
+            backbone=backbone,
+            run=run,
+            optim=OptimConfig(base_lr=1e-3, weight_decay=0.05, decay_everything=False, warmup_epochs=1, clip_norm=5.0),
+            mask=MaskConfig(mask_patch_size_px=8),
+            method=MimCoConfig(hidden_dim=512, init_from_teacher=True),
+        ),
+    )
+
+
+def vit_small() -> Recipe:
+    """The paper's backbone: ViT-S/16 with 12 heads at 224 px, MoCo v3's 300 epochs and SimMIM's 100."""
+    backbone = BackboneConfig(
+        name="vit_small_patch16_224", image_size_px=224, patch_size_px=16, embed_dim=384, depth=12, num_heads=12
+    )
+    return Recipe(
+        stage1=Stage1Config(
+            backbone=backbone,
+            run=RunConfig(epochs=300, global_batch_size=1024),
+            optim=OptimConfig(base_lr=1.5e-4, weight_decay=0.1, decay_everything=True, warmup_epochs=40),
+            data=DataConfig(workers=8),
+        ),
+        stage2=Stage2Config(
+            backbone=backbone,
+            run=RunConfig(epochs=100, global_batch_size=2048, accumulate=1),
+            optim=OptimConfig(
+                base_lr=1e-4,
+                weight_decay=0.05,
+                decay_everything=False,
+                warmup_epochs=10,
+                warmup_lr=1.25e-7,
+                min_lr=1.25e-6,
+                clip_norm=5.0,
+            ),
+            data=DataConfig(workers=8),
+        ),
+    )
+
+
+PRESETS: dict[str, Callable[[], Recipe]] = {"vit_small": vit_small, "vit_tiny_debug": vit_tiny_debug}
+
+
+def apply_settings(config: ConfigT, settings: Iterable[str]) -> ConfigT:
+    """Replace fields by `section.field=value` settings, each value read as the field's own type.
+
+    Raises:
+        ConfigError: an unknown key, answered with the nearest one, or a value of another type.
+    """
+    for setting in settings:
+        key, separator, text = setting.partition("=")
+        if not separator:
+            raise ConfigError(f"--set {setting}", expected="--set section.field=value")
+        config = _replace(config, key, key.split("."), text)
+    return config
+
+
+def to_document(config: Any) -> dict[str, Any]:
+    """A config as plain JSON types."""
+    return dataclasses.asdict(config)
+
+
+def from_document(kind: type[ConfigT], document: dict[str, Any]) -> ConfigT:
+    """The inverse of `to_document`.
+
+    Raises:
+        ConfigError: a key is missing or unknown.
+    """
+    hints = typing.get_type_hints(kind)
+    if set(document) != set(hints):
+        raise ConfigError(f"{kind.__name__} with {sorted(document)}", expected=f"exactly {sorted(hints)}")
+    values = {
+        name: from_document(cast(Any, hint), document[name])
+        if dataclasses.is_dataclass(hint)
+        else _as_tuple(document[name])
+        for name, hint in hints.items()
+    }
+    return kind(**values)
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _replace(config: Any, whole_key: str, path: list[str], text: str) -> Any:
+    hints = typing.get_type_hints(type(config))
+    name, *rest = path
+    if name not in hints or bool(rest) != dataclasses.is_dataclass(hints[name]):
+        near = difflib.get_close_matches(whole_key, list(_keys(type(config))), n=1, cutoff=0.0)
+        raise ConfigError(f"no setting {whole_key}", expected=f"one of the run's settings, nearest {near[0]}")
+    value = (
+        _replace(getattr(config, name), ".".join(rest), rest, text) if rest else _parse(hints[name], text, whole_key)
+    )
+    return dataclasses.replace(config, **{name: value})
+
+
+def _keys(kind: Any, prefix: str = "") -> Iterable[str]:
+    for name, hint in typing.get_type_hints(kind).items():
+        if dataclasses.is_dataclass(hint):
+            yield from _keys(hint, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def _parse(hint: Any, text: str, key: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    try:
+        if origin is tuple:
+            inner = arguments[0]
+            return tuple(_parse(inner, part, key) for part in text.split(",") if part)
+        if origin is Literal:
+            if text not in arguments:
+                raise ValueError
+            return text
+        if hint is bool:
+            return {"true": True, "false": False}[text.lower()]
+        return hint(text)
+    except (ValueError, KeyError) as error:
+        wanted = " or ".join(map(str, arguments)) if origin is Literal else getattr(hint, "__name__", str(hint))
+        raise ConfigError(f"{key}={text}", expected=f"a value of type {wanted}") from error

@@ -1,0 +1,288 @@
+"""From folders, files and tars to batches of views, the same ones whatever the number of workers or restarts.
+
+Which picture comes when, and how it is cropped, is a function of the seed, the step and the position in the batch; so a
+run resumes in the middle of an epoch, and two processes see what one would.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import tarfile
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from mimco_deploy.errors import DataError, ImageError
+from mimco_deploy.images import IMAGE_SUFFIXES, MAX_BYTES, decode_image
+from mimco_deploy.training.config import DataConfig, RunConfig
+from mimco_deploy.training.distributed import rank, world_size
+
+logger = logging.getLogger(__name__)
+
+Views = tuple[Tensor, ...]
+MakeViews = Callable[[Image.Image], Views]
+Batches = Iterator[tuple[Views, list[str]]]
+"""Views, each stacked over the batch, and the names of pictures that were skipped for them."""
+Slot = tuple[int, int]
+"""Index of a picture, and its position in the whole run's sequence of pictures."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Where one picture's bytes are."""
+
+    file: Path
+    offset: int
+    size: int
+    name: str
+    """What people read: a path, or `archive.tar:member`."""
+    label: str | None
+    """Parent folder below the source, for evaluation only."""
+
+    def read(self) -> bytes:
+        """The encoded bytes; MAX_BYTES + 1 of them at most.
+
+        Raises:
+            ImageError: the file is gone or cannot be read.
+        """
+        try:
+            with self.file.open("rb") as file:
+                file.seek(self.offset)
+                return file.read(min(self.size, MAX_BYTES + 1))
+        except OSError as error:
+            raise ImageError("unreadable", f"{self.name}: {error.strerror}") from error
+
+    def decode(self) -> Image.Image:
+        """The upright RGB picture.
+
+        Raises:
+            ImageError: see `images.decode_image`.
+        """
+        return decode_image(self.read(), self.name)
+
+
+def find_pictures(sources: Iterable[str]) -> list[Picture]:
+    """List what the sources hold, in one order on every machine.
+
+    Args:
+        sources: folders (walked in full, tars inside included), picture files, plain tars.
+
+    Returns:
+        Each picture once, sorted by name.
+
+    Raises:
+        DataError: a source is missing, or a tar is compressed or broken; or there is no picture at all.
+    """
+    sources = tuple(sources)
+    found: dict[str, Picture] = {}
+    for source in map(Path, sources):
+        if source.is_dir():
+            pictures = _in_folder(source)
+        elif ".tar" in source.suffixes or source.suffix == ".tgz":
+            pictures = _in_tar(source)
+        elif source.is_file():
+            pictures = iter([_file(source, None)])
+        else:
+            raise DataError(f"{source} does not exist", expected="a folder, a picture or a plain .tar")
+        found.update((picture.name, picture) for picture in pictures)
+    if not found:
+        raise DataError(f"no picture in {', '.join(sources) or 'no source'}", expected="--data DIR with pictures")
+    return [found[name] for name in sorted(found)]
+
+
+def _in_folder(root: Path) -> Iterator[Picture]:
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        here = Path(folder)
+        for name in names:
+            path = here / name
+            if path.suffix == ".tar":
+                yield from _in_tar(path)
+            elif path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
+                yield _file(path, here.name if here != root else None)
+
+
+def _file(path: Path, label: str | None) -> Picture:
+    return Picture(path, 0, path.stat().st_size, str(path), label)
+
+
+def _in_tar(path: Path) -> Iterator[Picture]:
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                inside = Path(member.name)
+                if member.isreg() and inside.suffix.lower() in IMAGE_SUFFIXES:
+                    label = inside.parent.name or None
+                    yield Picture(path, member.offset_data, member.size, f"{path}:{member.name}", label)
+    except (tarfile.TarError, OSError) as error:
+        expected = "a plain .tar, which is read in place; unpack or decompress it first"
+        raise DataError(f"{path} cannot be read as a tar ({error})", expected=expected) from error
+
+
+@dataclass
+class Corpus:
+    """The pictures of a run, decoded in memory where they fit."""
+
+    pictures: list[Picture]
+    held: list[npt.NDArray[np.uint8]] | None = None
+    """[H, W, 3] each, or None where they did not fit."""
+    bad: set[str] = field(default_factory=set)
+    """Names of pictures that could not be decoded."""
+    max_bad_share: float = 0.05
+
+    def __len__(self) -> int:
+        """Number of pictures."""
+        return len(self.pictures)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the names and sizes: a resumed run must see the same corpus."""
+        lines = "".join(f"{picture.name}\0{picture.size}\n" for picture in self.pictures)
+        return hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()
+
+    def get(self, index: int) -> tuple[Image.Image, list[str]]:
+        """Picture `index`, or the next one that can be decoded, and the names of those that could not."""
+        if self.held is not None:
+            return Image.fromarray(self.held[index]), []
+        refused: list[str] = []
+        for step in range(len(self.pictures)):
+            picture = self.pictures[(index + step) % len(self.pictures)]
+            try:
+                return picture.decode(), refused
+            except ImageError as error:
+                refused.append(str(error))
+        raise DataError(f"none of {len(self.pictures)} pictures can be decoded", expected="pictures")
+
+    def report_bad(self, names: Iterable[str]) -> None:
+        """Count pictures that could not be decoded, and name each once.
+
+        Raises:
+            DataError: their share of the corpus is above the limit.
+        """
+        for name in set(names) - self.bad:
+            self.bad.add(name)
+            logger.warning("skipped %s", name)
+        total = len(self.pictures) + (len(self.bad) if self.held is not None else 0)
+        if len(self.bad) > self.max_bad_share * total:
+            raise DataError(
+                f"{len(self.bad)} of {total} pictures cannot be decoded, such as {min(self.bad)}",
+                expected=f"at most {self.max_bad_share:.0%} (--set data.max_bad_share=…)",
+            )
+
+
+def load_corpus(config: DataConfig) -> Corpus:
+    """Find the pictures, and decode them into memory if they fit the budget.
+
+    Raises:
+        DataError: see `find_pictures`; or more pictures are bad than the config allows.
+    """
+    pictures = find_pictures(config.sources)
+    budget = config.memory_mib * 2**20
+    corpus = Corpus(pictures, max_bad_share=config.max_bad_share)
+    if sum(picture.size for picture in pictures) > budget:
+        return corpus
+    good: list[Picture] = []
+    held: list[npt.NDArray[np.uint8]] = []
+    bad: list[str] = []
+    used = 0
+    with ThreadPoolExecutor() as pool:
+        for start in range(0, len(pictures), 256):  # a bounded look-ahead: what is decoded is soon counted
+            chunk = pictures[start : start + 256]
+            for picture, pixels in zip(chunk, pool.map(_decode_or_reason, chunk), strict=True):
+                if isinstance(pixels, str):
+                    bad.append(pixels)
+                else:
+                    good.append(picture)
+                    held.append(pixels)
+                    used += pixels.nbytes
+            if used > budget:
+                return corpus
+    if not good:
+        raise DataError(f"none of {len(pictures)} pictures can be decoded, such as {bad[0]}", expected="pictures")
+    corpus = Corpus(good, held, max_bad_share=config.max_bad_share)
+    corpus.report_bad(bad)
+    return corpus
+
+
+def _decode_or_reason(picture: Picture) -> npt.NDArray[np.uint8] | str:
+    try:
+        return np.asarray(picture.decode())
+    except ImageError as error:
+        return str(error)
+
+
+def seed_for(*parts: int) -> int:
+    """A 64-bit seed from a few integers, alike on every machine."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])
+
+
+class StepSampler(Sampler[list[Slot]]):
+    """This process's share of every micro-batch from `start_step` on.
+
+    Args:
+        pictures: size of the corpus, at least one global batch.
+        run: batch size, accumulation, epochs and seed.
+        start_step: first optimiser step to give.
+    """
+
+    def __init__(self, pictures: int, run: RunConfig, start_step: int = 0) -> None:
+        self.steps_per_epoch = pictures // run.global_batch_size
+        self.total_steps = self.steps_per_epoch * run.epochs
+        self._pictures = pictures
+        self._run = run
+        self._start = start_step
+        self.micro_batch = run.global_batch_size // (run.accumulate * world_size())
+
+    def __iter__(self) -> Iterator[list[Slot]]:
+        """Micro-batches in order; `accumulate` of them make a step."""
+        order, order_epoch = np.empty(0, np.int64), -1
+        for step in range(self._start, self.total_steps):
+            epoch, within = divmod(step, self.steps_per_epoch)
+            if epoch != order_epoch:
+                order = np.random.default_rng([self._run.seed, epoch]).permutation(self._pictures)
+                order_epoch = epoch
+            for micro in range(self._run.accumulate):
+                first = (micro * world_size() + rank()) * self.micro_batch
+                slots = range(first, first + self.micro_batch)
+                batch = self._run.global_batch_size
+                yield [(int(order[within * batch + slot]), step * batch + slot) for slot in slots]
+
+
+class _ViewDataset(Dataset[tuple[Views, list[str]]]):
+    def __init__(self, corpus: Corpus, make_views: MakeViews, seed: int) -> None:
+        self._corpus, self._make_views, self._seed = corpus, make_views, seed
+
+    def __getitem__(self, slot: Slot) -> tuple[Views, list[str]]:
+        index, position = slot
+        picture, refused = self._corpus.get(index)
+        torch.default_generator.manual_seed(seed_for(self._seed, position))
+        return self._make_views(picture), refused
+
+
+def load_batches(corpus: Corpus, make_views: MakeViews, sampler: StepSampler, seed: int, workers: int) -> Batches:
+    """Batches of views in the sampler's order."""
+    pin = torch.cuda.is_available()
+    loader = DataLoader(
+        _ViewDataset(corpus, make_views, seed),
+        batch_sampler=sampler,
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=pin,
+        prefetch_factor=4 if workers else None,
+    )
+    return iter(loader)
+
+
+def _collate(items: list[tuple[Views, list[str]]]) -> tuple[Views, list[str]]:
+    views = tuple(torch.stack(columns) for columns in zip(*(views for views, _ in items), strict=True))
+    return views, [name for _, names in items for name in names]

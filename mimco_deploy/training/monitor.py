@@ -1,0 +1,90 @@
+"""What a run says while it goes: numbers for the log, and the alarms that stop it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from mimco_deploy.errors import TrainingError
+
+COLLAPSED = 1e-4
+"""Feature spread below which embeddings no longer tell images apart."""
+
+
+@torch.no_grad()
+def spread(features: Tensor) -> Tensor:
+    """How far features are from all being the same.
+
+    Args:
+        features: [B, D], not normalised.
+
+    Returns:
+        Scalar: √D times the mean over channels of the standard deviation of the L2-normalised features. 0 is collapse,
+        1 is even on the sphere.
+
+    Source: SimSiam (arXiv 2011.10566), section 4.1.
+    """
+    normalised = F.normalize(features.float(), dim=1)
+    return normalised.std(dim=0, correction=0).mean() * math.sqrt(features.shape[1])
+
+
+def check_alive(step: int, row: Mapping[str, float]) -> None:
+    """Stop a run that can no longer learn.
+
+    Raises:
+        TrainingError: a logged value is NaN or infinite, or the features collapsed; names the step.
+    """
+    for name, value in row.items():
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"step {step}: {name} is {value}",
+                expected="a finite number; a lower optim.base_lr or a longer optim.warmup_epochs often helps",
+            )
+    if row["feature_spread"] < COLLAPSED:
+        raise TrainingError(
+            f"step {step}: features collapsed, spread {row['feature_spread']:.2e}",
+            expected=f"at least {COLLAPSED:.0e}; a lower optim.base_lr or a larger run.global_batch_size often helps",
+        )
+
+
+class RunLog:
+    """JSON lines and TensorBoard events of one run.
+
+    Args:
+        folder: of the run.
+        first_step: rows of later steps, left by an interrupted run, are dropped from the JSON lines.
+    """
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        self._path = folder / "log.jsonl"
+        kept = []
+        if self._path.exists() and first_step:
+            lines = self._path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if _step_of(line) < first_step]
+        self._path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        self._events = SummaryWriter(str(folder), purge_step=first_step or None)
+
+    def write(self, step: int, row: Mapping[str, float]) -> None:
+        """Append one row."""
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **row}) + "\n")
+        for name, value in row.items():
+            self._events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush both."""
+        self._events.close()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError):
+        return math.inf  # a line that a crash cut short

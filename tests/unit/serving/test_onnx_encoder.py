@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+from onnx import helper
+
+from mimco_deploy.bundle import GOLDEN_FILE, MODEL_FILE, Golden, write_contract
+from mimco_deploy.errors import BundleError, MissingExtraError
+from mimco_deploy.serving.encoders import load_encoder
+from tests.helpers import DIM, SIDE, golden_images, tiny_bundle, tiny_embed, tiny_graph, tiny_spec
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5, 33])
+def test_any_batch_size_gives_the_embeddings_of_the_graph(tmp_path: Path, batch: int) -> None:
+    encoder = load_encoder(tiny_bundle(tmp_path / "encoder"))
+    images = golden_images(batch)
+    embeddings = encoder.embed(images)
+    assert embeddings.dtype == np.float32
+    assert embeddings.shape == (batch, DIM)
+    np.testing.assert_allclose(embeddings, tiny_embed(images), atol=1e-6)
+
+
+def test_the_provider_is_what_the_session_reports(tmp_path: Path) -> None:
+    encoder = load_encoder(tiny_bundle(tmp_path / "encoder"))
+    assert encoder.provider in {"CPUExecutionProvider", "CUDAExecutionProvider"}
+    assert encoder.spec == tiny_spec()
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        np.zeros((0, SIDE, SIDE, 3), np.uint8),
+        np.zeros((SIDE, SIDE, 3), np.uint8),
+        np.zeros((1, SIDE, SIDE + 1, 3), np.uint8),
+        np.zeros((1, 3, SIDE, SIDE), np.uint8),
+        np.zeros((1, SIDE, SIDE, 3), np.float32),
+    ],
+)
+def test_another_shape_or_type_is_refused(tmp_path: Path, images: np.ndarray) -> None:  # type: ignore[type-arg]
+    encoder = load_encoder(tiny_bundle(tmp_path / "encoder"))
+    with pytest.raises(ValueError, match=r"expected uint8 \[B, 32, 32, 3\]"):
+        encoder.embed(images)
+
+
+def test_pictures_that_are_not_contiguous_are_embedded_alike(tmp_path: Path) -> None:
+    encoder = load_encoder(tiny_bundle(tmp_path / "encoder"))
+    mirrored = golden_images(3)[:, :, ::-1]
+    np.testing.assert_array_equal(encoder.embed(mirrored), encoder.embed(np.ascontiguousarray(mirrored)))
+
+
+def test_a_missing_bundle_names_the_command_that_makes_it(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="mimco export --format onnx"):
+        load_encoder(tmp_path / "encoder")
+
+
+@pytest.mark.parametrize("name", [MODEL_FILE, GOLDEN_FILE])
+def test_a_tampered_file_is_refused(tmp_path: Path, name: str) -> None:
+    path = tiny_bundle(tmp_path / "encoder")
+    content = bytearray((path / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (path / name).write_bytes(content)
+    with pytest.raises(BundleError, match="SHA-256"):
+        load_encoder(path)
+
+
+def test_other_weights_under_the_same_contract_are_refused_with_the_distance(tmp_path: Path) -> None:
+    path = tiny_bundle(tmp_path / "encoder", seed=0, graph=tiny_graph(seed=1))
+    with pytest.raises(BundleError, match=r"model.onnx is \d\.\d\de\S+ away .* expected at most 1e-04; run: mimco export"):
+        load_encoder(path)
+
+
+def test_golden_embeddings_of_another_encoder_are_refused(tmp_path: Path) -> None:
+    images = golden_images()
+    path = tiny_bundle(tmp_path / "encoder", golden=Golden(images, tiny_embed(images, seed=5)))
+    with pytest.raises(BundleError, match="away from its golden embeddings"):
+        load_encoder(path)
+
+
+def test_golden_embeddings_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
+    images = golden_images()
+    path = tiny_bundle(tmp_path / "encoder", golden=Golden(images, np.full((4, DIM), np.nan, np.float32)))
+    with pytest.raises(BundleError, match="away from its golden embeddings"):
+        load_encoder(path)
+
+
+@pytest.mark.parametrize(
+    "golden",
+    [
+        Golden(golden_images()[:0], np.zeros((0, DIM), np.float32)),
+        Golden(golden_images(), np.zeros((4, DIM + 1), np.float32)),
+        Golden(golden_images()[:, :-1], np.zeros((4, DIM), np.float32)),
+    ],
+)
+def test_golden_pictures_that_prove_nothing_are_refused(tmp_path: Path, golden: Golden) -> None:
+    with pytest.raises(BundleError, match="comes with golden"):
+        load_encoder(tiny_bundle(tmp_path / "encoder", golden=golden))
+
+
+@pytest.mark.parametrize("content", [b"", b"not a graph", b"\x08\x09" + bytes(200)])
+def test_a_model_that_is_no_graph_is_a_bundle_error(tmp_path: Path, content: bytes) -> None:
+    path = tiny_bundle(tmp_path / "encoder")
+    (path / MODEL_FILE).write_bytes(content)
+    write_contract(path, tiny_spec())  # hashes that fit
+    with pytest.raises(BundleError, match="mimco export --format onnx"):
+        load_encoder(path)
+
+
+def test_a_graph_that_was_cut_short_is_a_bundle_error(tmp_path: Path) -> None:
+    path = tiny_bundle(tmp_path / "encoder")
+    content = (path / MODEL_FILE).read_bytes()
+    (path / MODEL_FILE).write_bytes(content[: len(content) // 2])
+    write_contract(path, tiny_spec())
+    with pytest.raises(BundleError, match="cannot be loaded"):
+        load_encoder(path)
+
+
+def test_a_graph_with_another_input_name_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="has pixels where image belongs"):
+        load_encoder(tiny_bundle(tmp_path / "encoder", graph=tiny_graph(input_name="pixels")))
+
+
+def test_a_graph_for_one_batch_size_only_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"has image tensor\(uint8\) \[2, 32, 32, 3\]; expected image .*\[batch, 32"):
+        load_encoder(tiny_bundle(tmp_path / "encoder", graph=tiny_graph(batch=2)))
+
+
+def test_a_graph_of_another_embedding_size_is_refused(tmp_path: Path) -> None:
+    graph = tiny_graph()
+    graph.graph.output[0].CopyFrom(helper.make_tensor_value_info("embedding", 1, ["batch", DIM + 1]))
+    with pytest.raises(BundleError, match="mimco export"):
+        load_encoder(tiny_bundle(tmp_path / "encoder", graph=graph))
+
+
+def test_without_onnxruntime_the_install_line_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tiny_bundle(tmp_path / "encoder")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(MissingExtraError, match=r'pip install "mimco-deploy\[cpu\]"'):
+        load_encoder(path)
+
+
+def test_cuda_that_is_offered_but_does_not_start_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real = onnxruntime.InferenceSession
+
+    def without_cuda(path: Path, sess_options: object, providers: list[object]) -> object:
+        assert isinstance(providers[0], tuple)
+        assert providers[0][0] == "CUDAExecutionProvider"
+        return real(path, sess_options=sess_options, providers=["CPUExecutionProvider"])
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", without_cuda)
+    with caplog.at_level(logging.WARNING):
+        encoder = load_encoder(tiny_bundle(tmp_path / "encoder"))
+    assert encoder.provider == "CPUExecutionProvider"
+    assert "could not start it" in caplog.text

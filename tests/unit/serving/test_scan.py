@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mimco_deploy.serving.scan import FileStat, Scan, Stamp, Unlisted, compare, readable, scan_root
+from tests.helpers import save
+
+
+def paths(scan: Scan) -> list[str]:
+    return [file.path for file in scan.files]
+
+
+def test_pictures_are_found_in_the_order_of_their_names(tmp_path: Path) -> None:
+    for name in ("b.png", "a/z.JPG", "a/y/x.webp", "a.png", "notes.txt", "a/no-suffix"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"content")
+    scan = scan_root(tmp_path)
+    assert paths(scan) == ["a.png", "a/y/x.webp", "a/z.JPG", "b.png"]
+    assert scan.unlisted == []
+    status = (tmp_path / "b.png").stat()
+    assert scan.files[-1] == FileStat("b.png", Stamp(7, status.st_mtime_ns))
+
+
+def test_hidden_files_and_folders_are_passed_over(tmp_path: Path) -> None:
+    for name in (".mimco/a.png", ".git/b.png", "._c.png", "seen.png", "x/.hidden/d.png"):
+        save(tmp_path / name, 0)
+    assert paths(scan_root(tmp_path)) == ["seen.png"]
+
+
+def test_a_link_to_a_folder_is_not_followed_and_one_to_a_file_is(tmp_path: Path) -> None:
+    save(tmp_path / "real" / "a.png", 0)
+    (tmp_path / "real" / "loop").symlink_to(tmp_path, target_is_directory=True)
+    (tmp_path / "link.png").symlink_to(tmp_path / "real" / "a.png")
+    (tmp_path / "broken.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "circle.png").symlink_to(tmp_path / "circle.png")
+    assert paths(scan_root(tmp_path)) == ["link.png", "real/a.png"]
+
+
+def test_what_is_no_regular_file_is_passed_over(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "folder.png").mkdir()
+    assert scan_root(tmp_path) == Scan([], [])
+
+
+def test_a_name_that_is_not_utf8_is_found_under_its_bytes(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.png")
+    save(tmp_path / name, 0)
+    (found,) = paths(scan_root(tmp_path))
+    assert os.fsencode(found) == b"caf\xe9.png"
+    assert readable(found) == "caf�.png"
+
+
+def test_a_folder_that_cannot_be_listed_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path / "open" / "a.png", 0)
+    save(tmp_path / "closed" / "b.png", 1)
+    real = os.scandir
+
+    def scandir(path: Path) -> object:
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied")
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    scan = scan_root(tmp_path)
+    assert paths(scan) == ["open/a.png"]
+    assert scan.unlisted == [Unlisted("closed", "Permission denied")]
+
+
+def test_a_root_that_is_away_is_unlisted_as_a_whole(tmp_path: Path) -> None:
+    scan = scan_root(tmp_path / "unplugged")
+    assert scan.files == []
+    assert [folder.path for folder in scan.unlisted] == [""]
+
+
+stamps = st.dictionaries(
+    st.text("abc/", min_size=1, max_size=4), st.builds(Stamp, st.integers(0, 3), st.integers(0, 3)), max_size=12
+)
+
+
+@given(known=stamps, found=stamps)
+def test_every_path_is_in_exactly_one_list(known: dict[str, Stamp], found: dict[str, Stamp]) -> None:
+    changes = compare(known, Scan(sorted(FileStat(*item) for item in found.items()), []))
+    assert {file.path for file in changes.new} == found.keys() - known.keys()
+    assert set(changes.gone) == known.keys() - found.keys()
+    both = known.keys() & found.keys()
+    assert {file.path for file in changes.same} == {path for path in both if known[path] == found[path]}
+    assert {file.path for file in changes.changed} == {path for path in both if known[path] != found[path]}
+    assert changes.kept == {}
+
+
+def test_files_below_an_unlisted_folder_are_kept_and_counted() -> None:
+    stamp = Stamp(1, 1)
+    closed = Unlisted("shut", "Permission denied")
+    changes = compare({"shut/a.png": stamp, "shut/b/c.png": stamp, "shutter.png": stamp}, Scan([], [closed]))
+    assert changes.gone == ["shutter.png"]
+    assert changes.kept == {closed: 2}
