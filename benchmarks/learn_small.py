@@ -4,7 +4,7 @@
 
 Trains both stages on the train pictures of a few classes, exports each, embeds train and val pictures through the
 exported bundle, and reports weighted k-NN top-1 (DINO's rule, k = 20, T = 0.07) as one JSON line: the mean and standard
-deviation over seeds, the standard error over val pictures, the seconds that each stage took, the machine and the versions.
+deviation over seeds, the standard error over val pictures, the seconds that each stage took, machine and versions.
 Labels are used for this number only.
 """
 
@@ -60,7 +60,9 @@ class Task:
         """k-NN top-1 and its standard error over val pictures."""
         if side_px not in self._pixels:
             decoded = [
-                np.stack([preprocess(picture.decode(), side_px, CROP_SHARE) for picture in pictures])
+                np.stack(
+                    [preprocess(picture.decode(short_side_px=4 * side_px), side_px, CROP_SHARE) for picture in pictures]
+                )
                 for pictures in (self.train, self.val)
             ]
             self._pixels[side_px] = (decoded[0], decoded[1])
@@ -95,7 +97,8 @@ def raw_pixels(images: Pixels) -> npt.NDArray[np.float32]:
     flat = images.reshape(len(images), -1).astype(np.float32)
     flat -= flat.mean(axis=1, keepdims=True)
     norms: npt.NDArray[np.float32] = np.linalg.norm(flat, axis=1, keepdims=True)
-    return flat / np.maximum(norms, 1e-6)
+    centred: npt.NDArray[np.float32] = (flat / np.maximum(norms, 1e-6)).astype(np.float32)
+    return centred
 
 
 def random_weights(recipe: Recipe, pooling: str, seed: int) -> Embed:

@@ -69,3 +69,11 @@ def find_workspace(explicit: Path | None = None, start: Path | None = None) -> W
     if named.exists() and not named.is_dir():
         raise WorkspaceError(f"{named} is a file", expected="a workspace folder", command="mimco --workspace DIR …")
     return Workspace(named)
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename `folder` to the first free `<folder>-1`, `<folder>-2`, …, and return that."""
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}-{number}")).exists():
+        number += 1
+    return folder.replace(aside)

@@ -14,7 +14,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--golden", type=Path, default=HERE / "golden", help="numbers computed by the papers' authors' code; any seeds"
     )
     parser.addoption(
-        "--data-dir", type=Path, default=HERE.parent.parent / "shared" / "data", help="pictures that are not in the repository"
+        "--data-dir",
+        type=Path,
+        default=HERE.parent.parent / "shared" / "data",
+        help="pictures that are not in the repository",
     )
 
 

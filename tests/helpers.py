@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
-from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from mimco_deploy.bundle import MODEL_FILE, EncoderSpec, Golden, write_contract, write_golden
 from mimco_deploy.drawings import KINDS, draw
 from mimco_deploy.serving.encoders import Encoder
+
+if TYPE_CHECKING:
+    import onnx
 
 SIDE = 32
 DIM = 16
@@ -48,13 +50,15 @@ def tiny_embed(images: Images, seed: int = 0) -> Embeddings:
     cells = images.astype(np.float32).reshape(-1, _CELLS, cell, _CELLS, cell, 3).mean(axis=(2, 4))  # [B, 8, 8, 3]
     flat = cells.reshape(len(images), -1) / np.float32(127.5) - np.float32(1)
     features = flat @ _weights(seed)
-    return (features / np.linalg.norm(features, axis=1, keepdims=True)).astype(np.float32)
+    return np.asarray(features / np.linalg.norm(features, axis=1, keepdims=True), np.float32)
 
 
 def tiny_graph(seed: int = 0, input_name: str = "image", batch: str | int = "batch") -> onnx.ModelProto:
     """Cast → average of cells → scale → projection → L2."""
+    from onnx import TensorProto, helper, numpy_helper  # slow to import, and most tests need no graph
+
     cell = SIDE // _CELLS
-    constants = {
+    constants: dict[str, npt.NDArray[Any]] = {
         "cells": np.array([-1, _CELLS, cell, _CELLS, cell, 3], np.int64),
         "within": np.array([2, 4], np.int64),
         "flat": np.array([-1, _CELLS * _CELLS * 3], np.int64),

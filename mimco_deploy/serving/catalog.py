@@ -34,6 +34,8 @@ from mimco_deploy.serving.scan import Stamp
 
 FORMAT_VERSION = 1
 _WAIT_S = 60.0
+# What SQLite reports where the catalogue is sound and its surroundings are not.
+_PASSING = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL}
 _SCHEMA = """
 CREATE TABLE settings (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE roots (id INTEGER PRIMARY KEY, path BLOB NOT NULL UNIQUE);
@@ -309,8 +311,12 @@ def _absolute(root: bytes, path: bytes) -> Path:
 def _connect(path: Path, mode: str) -> sqlite3.Connection:
     address = f"{path.absolute().as_uri()}?mode={mode}"
     connection = sqlite3.connect(address, uri=True, timeout=_WAIT_S, isolation_level=None)
-    connection.execute("PRAGMA synchronous = EXTRA")
-    connection.execute("PRAGMA foreign_keys = ON")
+    try:
+        connection.execute("PRAGMA synchronous = EXTRA")  # reads the file, so this is where a broken one shows
+        connection.execute("PRAGMA foreign_keys = ON")
+    except sqlite3.Error:
+        connection.close()
+        raise
     return connection
 
 
@@ -319,7 +325,8 @@ def _explained(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
-        command = "mimco index --rebuild DIR"
-        if isinstance(error, sqlite3.OperationalError) and "full" in str(error):
-            command = "mimco index (goes on where it stopped)"
-        raise IndexStoreError(f"{path}: {error}", expected="a catalogue", command=command) from error
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF in _PASSING:
+            expected, command = "room on the disk, the right to write and no other writer", "mimco index"
+        else:
+            expected, command = "a catalogue", "mimco index --rebuild DIR"
+        raise IndexStoreError(f"{path}: {error}", expected=expected, command=command) from error

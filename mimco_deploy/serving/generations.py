@@ -90,24 +90,28 @@ def begin_generation(index: Path, fingerprint: str, dim: int) -> Generation:
     generation = _generation(index, _last_number(index) + 1)
     if _was_begun_for(generation, fingerprint, dim):
         return generation
-    shutil.rmtree(generation.path, ignore_errors=True)
-    generation.path.mkdir(parents=True)
-    create_vectors(generation.vectors, dim)
-    create_catalog(generation.catalog, fingerprint, dim)
-    sync_dir(generation.path)
-    sync_dir(index)
+    with _explained(index):
+        shutil.rmtree(generation.path, ignore_errors=True)
+        generation.path.mkdir(parents=True)
+        create_vectors(generation.vectors, dim)
+        create_catalog(generation.catalog, fingerprint, dim)
+        sync_dir(generation.path)
+        sync_dir(index)
     return generation
 
 
 def switch_to(index: Path, generation: Generation) -> None:
     """Make a generation the current one and remove those before it. Call under `writer_lock`."""
     document = {"format_version": FORMAT_VERSION, "generation": generation.number}
-    write_bytes(index / POINTER_FILE, (json.dumps(document) + "\n").encode())
+    with _explained(index):
+        write_bytes(index / POINTER_FILE, (json.dumps(document) + "\n").encode())
     sweep(index, generation)
 
 
 def sweep(index: Path, current: Generation) -> None:
-    """Remove generations before the current one, which a crash may have left. Call under `writer_lock`."""
+    """Remove what a crash may have left: older generations and half a pointer. Call under `writer_lock`."""
+    for file in index.glob(f".{POINTER_FILE}.*.tmp"):
+        file.unlink(missing_ok=True)
     for folder in index.iterdir():
         if folder.is_dir() and folder.name.isdecimal() and int(folder.name) < current.number:
             shutil.rmtree(folder, ignore_errors=True)
@@ -134,8 +138,10 @@ def writer_lock(index: Path) -> Iterator[None]:
     Raises:
         IndexStoreError: another process writes.
     """
-    index.mkdir(parents=True, exist_ok=True)
-    with (index / LOCK_FILE).open("a+", encoding="utf-8") as file:
+    with _explained(index):
+        index.mkdir(parents=True, exist_ok=True)
+        file = (index / LOCK_FILE).open("a+", encoding="utf-8")
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -144,10 +150,22 @@ def writer_lock(index: Path) -> Iterator[None]:
             raise IndexStoreError(
                 f"the index in {index} is being written by process {holder}", expected="one writer at a time"
             ) from None
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
+        with _explained(index):
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n")
+            file.flush()
         yield
+
+
+@contextlib.contextmanager
+def _explained(index: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise IndexStoreError(
+            f"the index in {index} cannot be written ({error.strerror})",
+            expected="room on the disk and the right to write",
+        ) from error
 
 
 def _generation(index: Path, number: int) -> Generation:

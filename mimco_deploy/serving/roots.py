@@ -9,7 +9,7 @@ from pathlib import Path
 from mimco_deploy.errors import IndexStoreError
 from mimco_deploy.serving.catalog import Catalog, Root
 from mimco_deploy.serving.generations import current_generation, has_index, writer_lock
-from mimco_deploy.serving.scan import readable
+from mimco_deploy.serving.scan import readable, scan_root
 
 logger = logging.getLogger(__name__)
 
@@ -40,20 +40,20 @@ def roots_to_keep(index: Path, *, may_be_broken: bool) -> list[Path]:
         return []
     try:
         with Catalog(current_generation(index).catalog) as catalog, catalog.snapshot():
-            recorded = [root.path for root in catalog.roots()]
+            recorded = [(root.path, len(catalog.file_stamps(root))) for root in catalog.roots()]
     except IndexStoreError as error:
         if not may_be_broken:
             raise
         logger.warning("the old index cannot be read, only the folders given are indexed: %s", error)
         return []
-    for root in recorded:
-        if not root.is_dir():
+    for root, files in recorded:
+        if files and not scan_root(root).files:
             raise IndexStoreError(
-                f"{readable(root)} is not there, and a rebuild would lose its files",
+                f"{readable(root)} is empty or away, and a rebuild would lose its {files} files",
                 expected="all indexed folders",
                 command=f"mimco index --forget {readable(root)}",
             )
-    return recorded
+    return [root for root, _ in recorded]
 
 
 def record_roots(catalog: Catalog, folders: Sequence[Path]) -> list[Root]:

@@ -51,6 +51,7 @@ li .well { border-radius: 0; }
 .bar i { display: block; height: 100%; border-radius: 2px; background: var(--mark); }
 .name { font-size: .87rem; overflow-wrap: anywhere; }
 .path { font-size: .78rem; }
+header .path { margin-bottom: .6rem; }
 a { color: inherit; text-decoration: none; }
 a:hover, a:focus-visible { text-decoration: underline; }
 footer { margin-top: 2rem; color: var(--soft); font-size: .8rem; }

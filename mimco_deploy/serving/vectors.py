@@ -104,7 +104,7 @@ class VectorWriter:
             raise IndexStoreError(
                 f"{self._path} cannot be written ({error.strerror})",
                 expected="room on the disk",
-                command="mimco index (goes on where it stopped)",
+                command="mimco index",
             ) from error
         self.count += len(embeddings)
         return first

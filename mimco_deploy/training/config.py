@@ -52,6 +52,9 @@ class DataConfig:
     """Folders, picture files and plain tars, in any mix."""
     memory_mib: int = 2048
     """Budget for holding the whole corpus decoded as uint8; a corpus that does not fit is decoded at each use."""
+    short_side_px: int = 512
+    """Pictures are reduced to this short side when decoded, before any view is taken; smaller ones stay as they are.
+    Our choice: about ImageNet's size, at which views of 224 px are usually taken; phone photos cost 50 times that."""
     max_bad_share: float = 0.05
     """Share of undecodable pictures above which the run is refused. Our choice: more than a few in a hundred is a
     wrong folder or a broken disk rather than bad luck."""
@@ -211,10 +214,12 @@ def vit_tiny_debug() -> Recipe:
         name="vit_tiny_patch16_224", image_size_px=32, patch_size_px=8, embed_dim=128, depth=6, num_heads=4
     )
     run = RunConfig(epochs=20, global_batch_size=256, checkpoint_every_steps=100)
+    data = DataConfig(short_side_px=128)
     return Recipe(
         stage1=Stage1Config(
             backbone=backbone,
             run=run,
+            data=data,
             optim=OptimConfig(base_lr=1e-3, weight_decay=0.1, decay_everything=True, warmup_epochs=1, clip_norm=1.0),
             views=ViewsConfig(min_crop_scale=0.2),
             method=MoCoV3Config(hidden_dim=512, projection_dim=128),
@@ -222,6 +227,7 @@ def vit_tiny_debug() -> Recipe:
         stage2=Stage2Config(
             backbone=backbone,
             run=run,
+            data=data,
             optim=OptimConfig(base_lr=1e-3, weight_decay=0.05, decay_everything=False, warmup_epochs=1, clip_norm=5.0),
             mask=MaskConfig(mask_patch_size_px=8),
             method=MimCoConfig(hidden_dim=512, init_from_teacher=True),

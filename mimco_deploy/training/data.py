@@ -6,6 +6,7 @@ run resumes in the middle of an epoch, and two processes see what one would.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import os
@@ -62,13 +63,18 @@ class Picture:
         except OSError as error:
             raise ImageError("unreadable", f"{self.name}: {error.strerror}") from error
 
-    def decode(self) -> Image.Image:
-        """The upright RGB picture.
+    def decode(self, short_side_px: int) -> Image.Image:
+        """The upright RGB picture, reduced to a short side of `short_side_px` where it is larger.
 
         Raises:
             ImageError: see `images.decode_image`.
         """
-        return decode_image(self.read(), self.name)
+        picture = decode_image(self.read(), self.name)
+        scale = short_side_px / min(picture.size)
+        if scale >= 1.0:
+            return picture
+        size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+        return picture.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
 
 
 def find_pictures(sources: Iterable[str]) -> list[Picture]:
@@ -134,11 +140,11 @@ class Corpus:
     """The pictures of a run, decoded in memory where they fit."""
 
     pictures: list[Picture]
+    config: DataConfig
     held: list[npt.NDArray[np.uint8]] | None = None
     """[H, W, 3] each, or None where they did not fit."""
     bad: set[str] = field(default_factory=set)
-    """Names of pictures that could not be decoded."""
-    max_bad_share: float = 0.05
+    """What was said of each picture that could not be decoded."""
 
     def __len__(self) -> int:
         """Number of pictures."""
@@ -158,7 +164,7 @@ class Corpus:
         for step in range(len(self.pictures)):
             picture = self.pictures[(index + step) % len(self.pictures)]
             try:
-                return picture.decode(), refused
+                return picture.decode(self.config.short_side_px), refused
             except ImageError as error:
                 refused.append(str(error))
         raise DataError(f"none of {len(self.pictures)} pictures can be decoded", expected="pictures")
@@ -173,10 +179,10 @@ class Corpus:
             self.bad.add(name)
             logger.warning("skipped %s", name)
         total = len(self.pictures) + (len(self.bad) if self.held is not None else 0)
-        if len(self.bad) > self.max_bad_share * total:
+        if len(self.bad) > self.config.max_bad_share * total:
             raise DataError(
                 f"{len(self.bad)} of {total} pictures cannot be decoded, such as {min(self.bad)}",
-                expected=f"at most {self.max_bad_share:.0%} (--set data.max_bad_share=…)",
+                expected=f"at most {self.config.max_bad_share:.0%} (--set data.max_bad_share=…)",
             )
 
 
@@ -188,17 +194,18 @@ def load_corpus(config: DataConfig) -> Corpus:
     """
     pictures = find_pictures(config.sources)
     budget = config.memory_mib * 2**20
-    corpus = Corpus(pictures, max_bad_share=config.max_bad_share)
+    corpus = Corpus(pictures, config)
     if sum(picture.size for picture in pictures) > budget:
         return corpus
     good: list[Picture] = []
     held: list[npt.NDArray[np.uint8]] = []
     bad: list[str] = []
     used = 0
+    decode = functools.partial(_decode_or_reason, short_side_px=config.short_side_px)
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(pictures), 256):  # a bounded look-ahead: what is decoded is soon counted
             chunk = pictures[start : start + 256]
-            for picture, pixels in zip(chunk, pool.map(_decode_or_reason, chunk), strict=True):
+            for picture, pixels in zip(chunk, pool.map(decode, chunk), strict=True):
                 if isinstance(pixels, str):
                     bad.append(pixels)
                 else:
@@ -209,14 +216,14 @@ def load_corpus(config: DataConfig) -> Corpus:
                 return corpus
     if not good:
         raise DataError(f"none of {len(pictures)} pictures can be decoded, such as {bad[0]}", expected="pictures")
-    corpus = Corpus(good, held, max_bad_share=config.max_bad_share)
+    corpus = Corpus(good, config, held)
     corpus.report_bad(bad)
     return corpus
 
 
-def _decode_or_reason(picture: Picture) -> npt.NDArray[np.uint8] | str:
+def _decode_or_reason(picture: Picture, short_side_px: int) -> npt.NDArray[np.uint8] | str:
     try:
-        return np.asarray(picture.decode())
+        return np.asarray(picture.decode(short_side_px))
     except ImageError as error:
         return str(error)
 

@@ -48,4 +48,6 @@ def load_encoder(path: Path) -> Encoder:
     """
     from mimco_deploy.serving.encoders.onnx import OnnxEncoder
 
-    return OnnxEncoder(read_bundle(path))
+    encoder = OnnxEncoder(read_bundle(path))
+    encoder.prove()
+    return encoder

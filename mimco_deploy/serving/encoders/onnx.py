@@ -29,7 +29,7 @@ class OnnxEncoder:
         bundle: as `read_bundle` gives it, hashes checked.
 
     Raises:
-        BundleError: the graph cannot be loaded, has other inputs or outputs, or misses the golden embeddings.
+        BundleError: the graph cannot be loaded, or has other inputs or outputs.
         MissingExtraError: ONNX Runtime is not installed.
     """
 
@@ -37,7 +37,6 @@ class OnnxEncoder:
         self._bundle = bundle
         self._session = _open_session(bundle)
         self._check_signature()
-        self._check_golden()
 
     @property
     def spec(self) -> EncoderSpec:
@@ -88,7 +87,12 @@ class OnnxEncoder:
         if set(inputs) != {INPUT_NAME}:
             raise self._refused(f"has the inputs {', '.join(inputs)}", f"{INPUT_NAME} alone")
 
-    def _check_golden(self) -> None:
+    def prove(self) -> None:
+        """Embed the first golden pictures and compare: this graph, on this machine and runtime, is the encoder.
+
+        Raises:
+            BundleError: the graph does not run, or is farther from the golden embeddings than `MAX_ABS_FP32`.
+        """
         images, stored = self._bundle.golden.images[:_PROOF_PICTURES], self._bundle.golden.embeddings[:_PROOF_PICTURES]
         if len(images) == 0 or stored.shape != (len(images), self.spec.embedding_dim):
             raise self._refused(

@@ -12,7 +12,7 @@ from onnx import helper
 from mimco_deploy.bundle import GOLDEN_FILE, MODEL_FILE, Golden, write_contract
 from mimco_deploy.errors import BundleError, MissingExtraError
 from mimco_deploy.serving.encoders import load_encoder
-from tests.helpers import DIM, SIDE, golden_images, tiny_bundle, tiny_embed, tiny_graph, tiny_spec
+from tests.helpers import DIM, SIDE, Images, golden_images, tiny_bundle, tiny_embed, tiny_graph, tiny_spec
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5, 33])
@@ -41,7 +41,7 @@ def test_the_provider_is_what_the_session_reports(tmp_path: Path) -> None:
         np.zeros((1, SIDE, SIDE, 3), np.float32),
     ],
 )
-def test_another_shape_or_type_is_refused(tmp_path: Path, images: np.ndarray) -> None:  # type: ignore[type-arg]
+def test_another_shape_or_type_is_refused(tmp_path: Path, images: Images) -> None:
     encoder = load_encoder(tiny_bundle(tmp_path / "encoder"))
     with pytest.raises(ValueError, match=r"expected uint8 \[B, 32, 32, 3\]"):
         encoder.embed(images)
@@ -70,7 +70,9 @@ def test_a_tampered_file_is_refused(tmp_path: Path, name: str) -> None:
 
 def test_other_weights_under_the_same_contract_are_refused_with_the_distance(tmp_path: Path) -> None:
     path = tiny_bundle(tmp_path / "encoder", seed=0, graph=tiny_graph(seed=1))
-    with pytest.raises(BundleError, match=r"model.onnx is \d\.\d\de\S+ away .* expected at most 1e-04; run: mimco export"):
+    with pytest.raises(
+        BundleError, match=r"model.onnx is \d\.\d\de\S+ away .* expected at most 1e-04; run: mimco export"
+    ):
         load_encoder(path)
 
 

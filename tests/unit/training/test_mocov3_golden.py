@@ -54,7 +54,10 @@ def test_loss_and_gradient_are_the_authors(golden_file: Path) -> None:
 @pytest.mark.golden("moco-v3/contrastive_seed*.npz")
 def test_each_of_two_ranks_computes_the_authors_loss(golden_file: Path) -> None:
     arrays = load(golden_file)
-    keys = {name: torch.from_numpy(np.concatenate([arrays[f"w2_r0_{name}"], arrays[f"w2_r1_{name}"]])) for name in ("k", "k2")}
+    keys = {
+        name: torch.from_numpy(np.concatenate([arrays[f"w2_r0_{name}"], arrays[f"w2_r1_{name}"]]))
+        for name in ("k", "k2")
+    }
     for rank in (0, 1):
         q, q2 = leaf(arrays[f"w2_r{rank}_q"]), leaf(arrays[f"w2_r{rank}_q2"])
         for text in ("0.2", "1.0"):
@@ -115,7 +118,7 @@ def test_heads_have_the_authors_layers(golden: Path) -> None:
 
 
 def our_name(official: str) -> str:
-    """`base_encoder.head.3.weight` → `projector.3.weight`, `momentum_encoder.norm.bias` → `momentum_encoder.body.norm.bias`."""
+    """`base_encoder.head.3.weight` → `projector.3.weight`, `base_encoder.norm.bias` → `encoder.body.norm.bias`."""
     side, _, rest = official.partition(".")
     prefix = {"base_encoder": "", "momentum_encoder": "momentum_", "predictor": ""}[side]
     if side == "predictor":

@@ -1,0 +1,80 @@
+"""What a person sees: progress bars and tables, by rich. Used by the command line only.
+
+Results go to stdout, talk to stderr; bars show on a terminal and nowhere else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from mimco_deploy.serving.index import Hit
+    from mimco_deploy.training.loop import StepReport
+
+talk = Console(stderr=True, highlight=False)
+result = Console(highlight=False, soft_wrap=True)
+
+
+def set_up_logging(verbose: bool) -> None:
+    """Send warnings to stderr without disturbing a bar; with `verbose`, all that the package says."""
+    handler = RichHandler(console=talk, show_time=False, show_path=False, show_level=False, markup=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    logging.getLogger("mimco_deploy").setLevel(logging.INFO if verbose else logging.WARNING)
+
+
+@contextlib.contextmanager
+def training_bar(title: str) -> Iterator[Callable[[StepReport], None]]:
+    """A bar with loss parts, images/s, share of waiting and time left; without a terminal, a line now and then."""
+    with _bar(TextColumn("{task.fields[note]}")) as progress:
+        task = progress.add_task(title, total=None, note="")
+
+        def show(report: StepReport) -> None:
+            metrics = " ".join(f"{name} {value:.3f}" for name, value in report.metrics.items())
+            note = f"{metrics} · {report.images_per_s:.0f} images/s · {report.waiting:.0%} waiting"
+            progress.update(task, completed=report.step, total=report.total_steps, note=note)
+            tenth = max(1, report.total_steps // 10)
+            if not talk.is_terminal and (report.step % tenth < 10 or report.step == report.total_steps):
+                talk.print(f"{title}: step {report.step} of {report.total_steps}: {note}", soft_wrap=True)
+
+        yield show
+
+
+@contextlib.contextmanager
+def counting_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar for `done` of `total`."""
+    with _bar() as progress:
+        task = progress.add_task(title, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _bar(*more: TextColumn) -> Progress:
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        *more,
+    )
+    return Progress(*columns, console=talk, disable=not talk.is_terminal)
+
+
+def hits_table(hits: Sequence[Hit]) -> Table:
+    """Rank, score and path."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("rank", justify="right")
+    table.add_column("score", justify="right")
+    table.add_column("picture", overflow="fold")
+    here = os.getcwd()  # noqa: PTH109 - prefixes of text, not of paths
+    for rank, hit in enumerate(hits, start=1):
+        table.add_row(str(rank), f"{hit.score:.4f}", str(hit.path).removeprefix(f"{here}{os.sep}"))
+    return table

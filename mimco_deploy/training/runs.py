@@ -1,0 +1,119 @@
+"""What a person asked for → what will run: presets, changes to them, resuming, starting anew."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mimco_deploy.errors import CheckpointError, ConfigError, WorkspaceError
+from mimco_deploy.training.checkpoint import Checkpoint, read_checkpoint
+from mimco_deploy.training.config import PRESETS, Recipe, Stage1Config, Stage2Config, apply_settings
+from mimco_deploy.workspace import set_aside
+
+logger = logging.getLogger(__name__)
+
+LAST = "last"
+"""Name of the checkpoint in a run's folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """The options of a training command; what is None or empty is left to the preset."""
+
+    data: tuple[Path, ...] = ()
+    preset: str | None = None
+    epochs: int | None = None
+    batch_size: int | None = None
+    settings: tuple[str, ...] = ()
+    """`section.field=value`, applied last."""
+    resume: bool = False
+    fresh: bool = False
+    teacher: Path | None = None
+    init_from_teacher: bool | None = None
+
+    def all_settings(self) -> list[str]:
+        """Every option that is a setting, as one."""
+        named = {
+            "run.epochs": self.epochs,
+            "run.global_batch_size": self.batch_size,
+            "method.init_from_teacher": self.init_from_teacher,
+            "data.sources": ",".join(str(path.resolve()) for path in self.data) or None,
+        }
+        return [*(f"{key}={value}" for key, value in named.items() if value is not None), *self.settings]
+
+
+def open_stage1(folder: Path, request: Request) -> tuple[Stage1Config, Checkpoint | None]:
+    """Settings of a stage-1 run, and the checkpoint to go on from, if that was asked for.
+
+    Raises:
+        MimcoError: nothing to resume, a run that would be overwritten, no data, or a setting that does not exist.
+    """
+    checkpoint = _open_folder(folder, "stage1", request)
+    if checkpoint is not None:
+        assert isinstance(checkpoint.config, Stage1Config)
+        return checkpoint.config, checkpoint
+    if not request.data:
+        raise ConfigError("no pictures to train on", command="mimco train stage1 --data DIR")
+    recipe = _preset(request.preset or ("vit_small" if torch.cuda.is_available() else "vit_tiny_debug"))
+    return apply_settings(recipe.stage1, request.all_settings()), None
+
+
+def open_stage2(folder: Path, teacher: Path, request: Request) -> tuple[Stage2Config, Checkpoint | None]:
+    """The same for stage 2. Pictures, preset and backbone follow the teacher's where none are given.
+
+    Args:
+        folder: of the stage-2 run.
+        teacher: of the stage-1 run, where the request names no teacher.
+        request: the options.
+
+    Raises:
+        MimcoError: as for stage 1, or there is no teacher.
+    """
+    checkpoint = _open_folder(folder, "stage2", request)
+    if checkpoint is not None:
+        assert isinstance(checkpoint.config, Stage2Config)
+        return checkpoint.config, checkpoint
+    source = (request.teacher or teacher / LAST).resolve()
+    if not source.is_dir():
+        raise WorkspaceError(
+            f"no teacher in {source}", expected="a checkpoint", command="mimco train stage1 --data DIR"
+        )
+    trained = read_checkpoint(source).config
+    recipe = _preset(request.preset or _preset_of(trained.backbone.name))
+    config = dataclasses.replace(recipe.stage2, backbone=trained.backbone, data=trained.data, teacher=str(source))
+    return apply_settings(config, request.all_settings()), None
+
+
+def _open_folder(folder: Path, stage: str, request: Request) -> Checkpoint | None:
+    command = f"mimco train {stage}"
+    if request.resume:
+        changed = dataclasses.replace(request, resume=False) != Request()
+        if changed:
+            raise ConfigError("--resume with other options", expected="--resume alone: a run keeps its settings")
+        checkpoint = read_checkpoint(folder / LAST)
+        if checkpoint.stage != stage:
+            raise CheckpointError(f"{checkpoint.path} is of {checkpoint.stage}", expected=stage)
+        return checkpoint
+    if (folder / LAST).exists():
+        if not request.fresh:
+            raise CheckpointError(
+                f"{folder} already holds a run", expected="--resume to go on or --fresh to start anew", command=command
+            )
+        logger.warning("the run that was in %s is now in %s", folder, set_aside(folder))
+    return None
+
+
+def _preset(name: str) -> Recipe:
+    if name not in PRESETS:
+        raise ConfigError(f"no preset {name}", expected=f"one of {', '.join(sorted(PRESETS))}")
+    return PRESETS[name]()
+
+
+def _preset_of(backbone: str) -> str:
+    names: Iterable[str] = (name for name, make in PRESETS.items() if make().stage1.backbone.name == backbone)
+    return next(iter(names), "vit_small")
