@@ -243,6 +243,7 @@ def search(workspace: Workspace, query: Path, k: int, sheet: Path | None, as_jso
     """Find the indexed pictures most like QUERY. The score is the cosine: higher is better, 1 is the same."""
     from mimco_deploy.serving.encoders import load_encoder
     from mimco_deploy.serving.index import ImageIndex, search_image
+    from mimco_deploy.serving.scan import readable
 
     encoder = load_encoder(workspace.encoder)
     image_index = ImageIndex.open(workspace.index, encoder.spec.fingerprint)
@@ -256,6 +257,6 @@ def search(workspace: Workspace, query: Path, k: int, sheet: Path | None, as_jso
         run_by = {"provider": encoder.provider, "fingerprint": encoder.spec.fingerprint}
         _print_json({"query": query, "hits": ranked, **run_by})
         return
-    from mimco_deploy.terminal import hits_table, result
-
-    result.print(hits_table(hits))
+    here = f"{Path.cwd()}{os.sep}"
+    for rank, hit in enumerate(hits, start=1):
+        click.echo(f"{rank:>3}  {hit.score:.4f}  {readable(hit.path).removeprefix(here)}")

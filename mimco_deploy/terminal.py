@@ -1,27 +1,20 @@
-"""What a person sees: progress bars and tables, by rich. Used by the command line only.
-
-Results go to stdout, talk to stderr; bars show on a terminal and nowhere else.
-"""
+"""Progress bars and warnings on stderr, by rich. Used by the command line only; results are its own, on stdout."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 if TYPE_CHECKING:
-    from mimco_deploy.serving.index import Hit
     from mimco_deploy.training.loop import StepReport
 
 talk = Console(stderr=True, highlight=False)
-result = Console(highlight=False, soft_wrap=True)
 
 
 def set_up_logging(verbose: bool) -> None:
@@ -66,15 +59,3 @@ def _bar(*more: TextColumn) -> Progress:
         *more,
     )
     return Progress(*columns, console=talk, disable=not talk.is_terminal)
-
-
-def hits_table(hits: Sequence[Hit]) -> Table:
-    """Rank, score and path."""
-    table = Table(box=None, pad_edge=False)
-    table.add_column("rank", justify="right")
-    table.add_column("score", justify="right")
-    table.add_column("picture", overflow="fold")
-    here = os.getcwd()  # noqa: PTH109 - prefixes of text, not of paths
-    for rank, hit in enumerate(hits, start=1):
-        table.add_row(str(rank), f"{hit.score:.4f}", str(hit.path).removeprefix(f"{here}{os.sep}"))
-    return table

@@ -9,7 +9,7 @@ from pathlib import Path
 from mimco_deploy.errors import IndexStoreError
 from mimco_deploy.serving.catalog import Catalog, Root
 from mimco_deploy.serving.generations import current_generation, has_index, writer_lock
-from mimco_deploy.serving.scan import readable, scan_root
+from mimco_deploy.serving.scan import readable
 
 logger = logging.getLogger(__name__)
 
@@ -47,9 +47,9 @@ def roots_to_keep(index: Path, *, may_be_broken: bool) -> list[Path]:
         logger.warning("the old index cannot be read, only the folders given are indexed: %s", error)
         return []
     for root, files in recorded:
-        if files and not scan_root(root).files:
+        if files and not root.is_dir():
             raise IndexStoreError(
-                f"{readable(root)} is empty or away, and a rebuild would lose its {files} files",
+                f"{readable(root)} is away, and a rebuild would lose its {files} files",
                 expected="all indexed folders",
                 command=f"mimco index --forget {readable(root)}",
             )

@@ -30,7 +30,7 @@ from mimco_deploy.serving.generations import (
 )
 from mimco_deploy.serving.pictures import Job, Outcome, Picture, Refused, Vanished, read_pictures
 from mimco_deploy.serving.roots import existing_folder, record_roots, roots_to_keep
-from mimco_deploy.serving.scan import Scan, Stamp, Unlisted, compare, scan_root
+from mimco_deploy.serving.scan import Stamp, compare, scan_root
 from mimco_deploy.serving.vectors import VectorWriter
 
 logger = logging.getLogger(__name__)
@@ -179,9 +179,6 @@ class _Update:
         # Access rights change without a trace in size or date, so what could not be read is always tried again.
         tried = {path: _RETRY if problem == "unreadable" else stamp for path, (stamp, problem) in problems.items()}
         found = scan_root(root.path)
-        if listed and not found.files and not found.unlisted:
-            # The place where a disk is mounted, or a network folder that is away, is an empty folder.
-            found = Scan([], [Unlisted("", "it holds no picture any more")])
         changes = compare(listed | tried, found)
         for folder, kept in changes.kept.items():
             self._unreachable.append(Unreachable(root.path / folder.path, folder.reason, kept))

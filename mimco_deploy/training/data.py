@@ -10,6 +10,7 @@ import functools
 import hashlib
 import logging
 import os
+import signal
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -286,8 +287,15 @@ def load_batches(corpus: Corpus, make_views: MakeViews, sampler: StepSampler, se
         collate_fn=_collate,
         pin_memory=pin,
         prefetch_factor=4 if workers else None,
+        worker_init_fn=_leave_signals_to_the_parent,
     )
     return iter(loader)
+
+
+def _leave_signals_to_the_parent(_: int) -> None:
+    """Ctrl-C reaches the whole process group: the training process still needs this one for the step it is in."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _collate(items: list[tuple[Views, list[str]]]) -> tuple[Views, list[str]]:

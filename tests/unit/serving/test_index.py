@@ -391,14 +391,25 @@ def test_a_link_to_an_indexed_folder_is_that_folder(place: Place, tmp_path: Path
     assert ImageIndex.open(place.index).roots() == [place.photos]
 
 
-@pytest.mark.parametrize("remains", ["nothing", "an empty folder"])
-def test_a_folder_that_is_away_keeps_its_files_and_is_reported(place: Place, tmp_path: Path, remains: str) -> None:
+def test_an_emptied_folder_drops_its_files_and_takes_them_back_without_the_encoder(
+    place: Place, tmp_path: Path
+) -> None:
+    paths = gallery(place.photos, 3)
+    place.update(place.photos)
+    place.photos.rename(tmp_path / "unmounted")
+    place.photos.mkdir()
+    assert (place.update().removed, place.files()) == (3, [])
+    place.photos.rmdir()
+    (tmp_path / "unmounted").rename(place.photos)
+    report = place.update()
+    assert (report.added, report.embedded, place.files()) == (3, 0, sorted(paths))
+
+
+def test_a_folder_that_is_away_keeps_its_files_and_is_reported(place: Place, tmp_path: Path) -> None:
     paths = gallery(place.photos, 3)
     other = save(tmp_path / "other" / "a.png", 9)
     place.update(place.photos, other.parent)
     place.photos.rename(tmp_path / "unplugged")
-    if remains == "an empty folder":
-        place.photos.mkdir()
     report = place.update()
     assert [(item.path, item.kept) for item in report.unreachable] == [(place.photos, 3)]
     assert (report.removed, report.unchanged, report.counts.files) == (0, 1, 4)

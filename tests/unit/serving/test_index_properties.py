@@ -45,7 +45,7 @@ def check(root: Path, index: ImageIndex, encoder: CountingEncoder, wanted: dict[
 def test_after_any_changes_the_index_holds_what_the_folder_holds(states: list[dict[str, int | None]]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         root, path, encoder = Path(folder).resolve() / "photos", Path(folder) / "index", CountingEncoder()
-        keeper = root / "keeper.png"  # an empty folder counts as one that is away
+        keeper = root / "keeper.png"  # a search needs something to find
         save(keeper, 99)
         contents: set[int] = set()
         opened: ImageIndex | None = None

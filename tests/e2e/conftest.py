@@ -1,0 +1,35 @@
+"""One small workspace, made by the real command line, that all end-to-end tests look at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mimco_deploy.drawings import draw_gallery
+from tests.e2e.commands import Chain, mimco
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    """Both stages, export and index over a drawn gallery, each by its command."""
+    home = tmp_path_factory.mktemp("chain")
+    pictures = draw_gallery(home / "images", per_kind=6, size_px=40)
+    small = ("--epochs", "2", "--batch-size", "24", "--set", "data.workers=0")
+    trained = [
+        mimco(home, "train", "stage1", "--data", "images", *small, "--json"),
+        mimco(home, "train", "stage2", *small, "--json"),
+        mimco(home, "export", "--format", "onnx", "--licence", "CC0-1.0", "--json"),
+        mimco(home, "index", "./images", "--json"),
+    ]
+    return Chain(home, pictures, trained)
+
+
+@pytest.fixture
+def query(tmp_path: Path) -> Path:
+    """A picture that no gallery holds."""
+    from mimco_deploy.drawings import KINDS, draw
+
+    path = tmp_path / "query.jpg"
+    draw(KINDS[0], seed=999, size_px=64).save(path)
+    return path

@@ -1,0 +1,170 @@
+"""The proof of an export: passes for what is right, and cannot be passed by what is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+
+from mimco_deploy.bundle import MODEL_FILE, Bundle, read_bundle, write_contract
+from mimco_deploy.errors import BundleError, CheckpointError, MimcoError, ParityError
+from mimco_deploy.export import pipeline, student
+from mimco_deploy.export.parity import check_parity
+from mimco_deploy.export.pipeline import export_encoder
+from mimco_deploy.export.student import EncoderModule
+from mimco_deploy.export.to_onnx import convert
+from mimco_deploy.serving.encoders import load_encoder
+from mimco_deploy.serving.encoders.onnx import OnnxEncoder
+from mimco_deploy.training.backbone import Backbone
+from mimco_deploy.training.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
+from mimco_deploy.training.checkpoint import load_encoder as load_trained
+from mimco_deploy.training.config import BackboneConfig, OptimConfig, RunConfig, Stage1Config, Stage2Config
+from mimco_deploy.training.optim import build_optimizer
+
+BACKBONE = BackboneConfig(
+    name="vit_tiny_patch16_224", image_size_px=32, patch_size_px=8, embed_dim=24, depth=2, num_heads=3
+)
+OPTIM = OptimConfig(base_lr=1e-3, weight_decay=0.05, decay_everything=False)
+
+
+class _Method(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = Backbone(BACKBONE)
+
+
+def untrained(folder: Path, config: Stage1Config | Stage2Config) -> Checkpoint:
+    torch.manual_seed(0)
+    method = _Method()
+    save_checkpoint(folder, method, build_optimizer(method, OPTIM), config, step=0, total_steps=1, corpus="none")
+    return read_checkpoint(folder)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    run = RunConfig(epochs=1, global_batch_size=2)
+    config = Stage2Config(backbone=BACKBONE, run=run, optim=OPTIM, teacher="a-teacher")
+    return untrained(tmp_path_factory.mktemp("run") / "last", config)
+
+
+@pytest.fixture
+def bundle(checkpoint: Checkpoint, tmp_path: Path) -> Bundle:
+    export_encoder(checkpoint, tmp_path / "encoder", "CC0-1.0")
+    return read_bundle(tmp_path / "encoder")
+
+
+def test_report_covers_the_batch_sizes_and_is_written(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    report = export_encoder(checkpoint, tmp_path / "encoder", "CC0-1.0")
+    assert report.passed
+    assert [batch.batch_size for batch in report.batches] == [1, 2, 5]
+    written = json.loads((tmp_path / "encoder/parity.json").read_text(encoding="utf-8"))
+    assert written["passed"] is True
+    assert written["batches"][2]["max_abs"] == report.batches[2].max_abs < 1e-5
+
+
+def test_any_batch_size_gives_what_torch_gives(checkpoint: Checkpoint, bundle: Bundle) -> None:
+    backbone, pooling = load_trained(checkpoint)
+    module = EncoderModule(backbone, pooling)
+    images = np.random.default_rng(0).integers(0, 256, (33, 32, 32, 3), dtype=np.uint8)
+    encoder = load_encoder(bundle.path)
+    with torch.inference_mode():
+        expected = module(torch.from_numpy(images)).numpy()
+    for count in (1, 2, 5, 33):
+        np.testing.assert_allclose(encoder.embed(images[:count]), expected[:count], atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(expected, axis=1), 1.0, atol=1e-6)
+
+
+def test_a_stage1_run_exports_its_teacher_by_the_cls_token(tmp_path: Path) -> None:
+    config = Stage1Config(backbone=BACKBONE, run=RunConfig(epochs=1, global_batch_size=2), optim=OPTIM)
+    export_encoder(untrained(tmp_path / "last", config), tmp_path / "encoder", "CC0-1.0")
+    assert read_bundle(tmp_path / "encoder").spec.pooling == "cls"
+
+
+def test_fingerprint_follows_weights_pooling_and_geometry(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone, _ = load_trained(checkpoint)
+    prints = {student.fingerprint(EncoderModule(backbone, pooling)) for pooling in ("mean", "cls")}
+    monkeypatch.setattr(student, "CROP_SHARE", 1.0)
+    prints.add(student.fingerprint(EncoderModule(backbone, "mean")))
+    monkeypatch.undo()
+    with torch.no_grad():
+        backbone.body.cls_token += 1e-3  # type: ignore[assignment,operator]
+    prints.add(student.fingerprint(EncoderModule(backbone, "mean")))
+    assert len(prints) == 4
+
+
+def changed_weight(model: onnx.ModelProto) -> None:
+    largest = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+    array = numpy_helper.to_array(largest).copy()
+    array.flat[0] += 1.0
+    largest.CopyFrom(numpy_helper.from_array(array, largest.name))
+
+
+def swapped_normalisation(model: onnx.ModelProto) -> None:
+    swapped = 0
+    for tensor in model.graph.initializer:
+        array = numpy_helper.to_array(tensor)
+        if array.size == 3 and array.dtype == np.float32:
+            tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(np.flip(array)), tensor.name))
+            swapped += 1
+    assert swapped, "the graph holds the channel statistics"
+
+
+def dropped_l2(model: onnx.ModelProto) -> None:
+    (division,) = (node for node in model.graph.node if "embedding" in node.output)
+    assert division.op_type == "Div"
+    identity = onnx.helper.make_node("Identity", [division.input[0]], ["embedding"])
+    model.graph.node.remove(division)
+    model.graph.node.append(identity)
+
+
+@pytest.mark.parametrize("damage", [changed_weight, swapped_normalisation, dropped_l2])
+def test_a_damaged_graph_is_refused_at_export_and_at_load(bundle: Bundle, damage: object) -> None:
+    assert callable(damage)
+    model = onnx.load(bundle.model)
+    damage(model)
+    (bundle.path / MODEL_FILE).write_bytes(model.SerializeToString())
+    with pytest.raises(BundleError, match="SHA-256"):
+        load_encoder(bundle.path)
+
+    write_contract(bundle.path, bundle.spec)  # as if the exporter itself had been wrong: the hashes agree
+    damaged = OnnxEncoder(read_bundle(bundle.path))
+    with pytest.raises(ParityError, match="differs from torch"):
+        check_parity(damaged, bundle.golden)
+    with pytest.raises(BundleError, match="golden"):
+        load_encoder(bundle.path)
+
+
+def test_an_export_that_fails_its_proof_leaves_the_old_bundle(
+    checkpoint: Checkpoint, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = (bundle.path / "encoder.json").read_bytes()
+
+    def wrong(module: EncoderModule, size: int, path: Path) -> None:
+        other = EncoderModule(module.backbone, "cls")  # another pooling than the golden embeddings have
+        convert(other, size, path)
+
+    monkeypatch.setattr(pipeline, "convert", wrong)
+    with pytest.raises(MimcoError, match="differs from torch"):
+        export_encoder(checkpoint, bundle.path, "CC0-1.0")
+    assert (bundle.path / "encoder.json").read_bytes() == before
+    assert load_encoder(bundle.path).spec == bundle.spec
+    assert sorted(path.name for path in bundle.path.parent.iterdir()) == [bundle.path.name]
+
+
+def test_weights_that_do_not_fit_are_refused_by_name(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    document = json.loads((checkpoint.path / "config.json").read_text(encoding="utf-8"))
+    document["config"]["backbone"]["depth"] = 3
+    other = tmp_path / "last"
+    other.mkdir()
+    (other / "config.json").write_text(json.dumps(document), encoding="utf-8")
+    (other / "model.safetensors").write_bytes((checkpoint.path / "model.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match=r"blocks\.2"):
+        export_encoder(read_checkpoint(other), tmp_path / "encoder", "CC0-1.0")
+    assert not (tmp_path / "encoder").exists()
