@@ -93,14 +93,14 @@ def find_pictures(sources: Iterable[str]) -> list[Picture]:
     sources = tuple(sources)
     found: dict[str, Picture] = {}
     for source in map(Path, sources):
+        if not source.exists():
+            raise DataError(f"{source} does not exist", expected="a folder, a picture or a plain .tar")
         if source.is_dir():
             pictures = _in_folder(source)
-        elif ".tar" in source.suffixes or source.suffix == ".tgz":
-            pictures = _in_tar(source)
-        elif source.is_file():
+        elif source.suffix.lower() in IMAGE_SUFFIXES:
             pictures = iter([_file(source, None)])
         else:
-            raise DataError(f"{source} does not exist", expected="a folder, a picture or a plain .tar")
+            pictures = _in_tar(source)
         found.update((picture.name, picture) for picture in pictures)
     if not found:
         raise DataError(f"no picture in {', '.join(sources) or 'no source'}", expected="--data DIR with pictures")

@@ -39,7 +39,7 @@ def mask_shape(backbone: BackboneConfig, config: MaskConfig) -> MaskShape:
         ConfigError: the unit is no whole number of patches, or does not tile the image, or the ratio masks nothing.
     """
     unit, ragged = divmod(config.mask_patch_size_px, backbone.patch_size_px)
-    if ragged or unit == 0 or backbone.grid % unit:
+    if ragged or unit < 1 or backbone.grid % unit:
         raise ConfigError(
             f"mask.mask_patch_size_px {config.mask_patch_size_px}",
             expected=f"a multiple of the {backbone.patch_size_px}-px patch that divides {backbone.image_size_px} px",

@@ -23,6 +23,9 @@ from mimco_deploy.training.methods.mocov3 import MoCoV3
 
 logger = logging.getLogger(__name__)
 
+FEW_STEPS = 100
+"""Below this a run hardly leaves its random weights."""
+
 StageConfig = TypeVar("StageConfig", Stage1Config, Stage2Config)
 OnStep = Callable[[StepReport], None]
 
@@ -83,6 +86,11 @@ def _fit(config: StageConfig, corpus: Corpus) -> StageConfig:
     if batch < run.global_batch_size:
         logger.warning("global batch of %d instead of %d: %d pictures", batch, run.global_batch_size, len(corpus))
         config = dataclasses.replace(config, run=dataclasses.replace(run, global_batch_size=batch))
+    steps = len(corpus) // batch * run.epochs
+    if steps < FEW_STEPS:
+        logger.warning(
+            "only %d steps with %d pictures: --epochs or a smaller --batch-size give more", steps, len(corpus)
+        )
     parts = run.accumulate * world_size()
     if batch % parts or batch // parts < 2:
         raise ConfigError(

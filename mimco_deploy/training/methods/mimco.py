@@ -101,8 +101,8 @@ class TokenQueue(nn.Module):
         self.pushed: Tensor
 
     def filled(self) -> Tensor:
-        """The rows that hold a token, [≤ K, P]."""
-        return self.rows[: min(int(self.pushed), len(self.rows))]
+        """A copy of the rows that hold a token, [≤ K, P]: a push before the backward pass must not change it."""
+        return self.rows[: min(int(self.pushed), len(self.rows))].clone()
 
     @torch.no_grad()
     def push(self, rows: Tensor) -> None:
