@@ -28,6 +28,11 @@ FORMAT_VERSION = 1
 STAGES: dict[str, type[Stage1Config] | type[Stage2Config]] = {"stage1": Stage1Config, "stage2": Stage2Config}
 
 
+def stage_name(config: Stage1Config | Stage2Config) -> str:
+    """`stage1` or `stage2`."""
+    return next(name for name, kind in STAGES.items() if isinstance(config, kind))
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint on disk whose `config.json` was read."""
@@ -77,8 +82,7 @@ def save_checkpoint(
         config: of the run.
         state: `step`, `total_steps` and `corpus` of `Checkpoint`.
     """
-    stage = next(name for name, kind in STAGES.items() if isinstance(config, kind))
-    document = {"format_version": FORMAT_VERSION, "stage": stage, **state, "config": to_document(config)}
+    document = {"format_version": FORMAT_VERSION, "stage": stage_name(config), **state, "config": to_document(config)}
     with staged_dir(folder) as staging:
         (staging / "config.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         save_file(method.state_dict(), staging / "model.safetensors")

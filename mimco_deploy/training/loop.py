@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mimco_deploy.errors import CheckpointError, TrainingInterrupted
 from mimco_deploy.training.augment import to_input
 from mimco_deploy.training.backbone import Backbone
-from mimco_deploy.training.checkpoint import Checkpoint, load_strictly, save_checkpoint
+from mimco_deploy.training.checkpoint import Checkpoint, load_strictly, save_checkpoint, stage_name
 from mimco_deploy.training.config import RunConfig, Stage1Config, Stage2Config
 from mimco_deploy.training.data import Batches, Corpus, MakeViews, StepSampler, load_batches, seed_for
 from mimco_deploy.training.distributed import any_process, is_main, rank, world_size
@@ -131,7 +131,8 @@ def train(
                 save()
             if stopping and not done:
                 raise TrainingInterrupted(
-                    f"stopped after step {step} of {sampler.total_steps}; the checkpoint is written"
+                    f"stopped after step {step} of {sampler.total_steps}; the checkpoint is written",
+                    command=f"mimco train {stage_name(config)} --resume",
                 )
     if log is not None:
         log.close()
