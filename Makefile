@@ -40,8 +40,8 @@ contracts: $(STAMP) ## who may import whom
 
 check: lint types contracts test ## all of it, as CI does
 
-bench: $(STAMP) ## does it learn: k-NN of both stages against random weights (needs DATA=dir)
-	$(BIN)/python benchmarks/learn_small.py --data "$(DATA)"
+bench: $(STAMP) ## does it learn: k-NN of both stages, random weights and pixels (TRAIN="tars or folders" VAL=… OUT=dir)
+	$(BIN)/python benchmarks/learn_small.py --train $(TRAIN) --val $(VAL) --out "$(OUT)"
 
 docs: $(STAMP) ## docs/cli.md, made from --help
 	$(BIN)/python docs/make_cli.py

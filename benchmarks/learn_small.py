@@ -30,10 +30,10 @@ import torch
 
 from mimco_deploy.evaluation.knn import knn_accuracy
 from mimco_deploy.export.pipeline import export_encoder
-from mimco_deploy.export.student import CROP_SHARE, EncoderModule
+from mimco_deploy.export.student import EncoderModule
 from mimco_deploy.preprocess import preprocess
 from mimco_deploy.serving.encoders import load_encoder
-from mimco_deploy.training.backbone import Backbone
+from mimco_deploy.training.backbone import CROP_SHARE, Backbone
 from mimco_deploy.training.checkpoint import read_checkpoint
 from mimco_deploy.training.config import PRESETS, Recipe, apply_settings
 from mimco_deploy.training.data import Picture, find_pictures

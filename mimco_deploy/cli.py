@@ -33,6 +33,10 @@ class _Group(click.Group):
             return super().invoke(ctx)
         except MimcoError as error:
             raise click.ClickException(str(error)) from error
+        except OSError as error:
+            if error.filename is None:  # a broken pipe, for one, is click's to handle
+                raise
+            raise click.ClickException(f"{error.filename}: {error.strerror}") from error
 
 
 @contextlib.contextmanager
@@ -46,7 +50,7 @@ def _extra(name: str) -> Iterator[None]:
 
 
 def _print_json(document: object) -> None:
-    click.echo(json.dumps(document, ensure_ascii=False, default=str))
+    click.echo(json.dumps(document, default=str))
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -83,7 +87,7 @@ def _training_options(function: FunctionT) -> FunctionT:
         click.option(
             "--data", multiple=True, type=click.Path(path_type=Path), help="Folder, picture or tar; repeatable."
         ),
-        click.option("--preset", help="vit_small or vit_tiny_debug.  [default: by GPU or CPU]"),
+        click.option("--preset", help="vit_small or vit_tiny_debug.  [default: by GPU or CPU; stage 2: the teacher's]"),
         click.option("--epochs", type=click.IntRange(min=1), help="Passes over the pictures."),
         click.option("--batch-size", type=click.IntRange(min=2), help="Pictures in a step, over all processes."),
         click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any setting; repeatable."),
@@ -118,9 +122,9 @@ def stage1(workspace: Workspace, /, as_json: bool, **options: Any) -> None:
 
 
 @train.command()
-@_training_options
 @click.option("--teacher", type=Folder, help="Checkpoint of the teacher.  [default: the workspace's stage 1]")
 @click.option("--init-from-teacher/--init-at-random", default=None, help="Where the student starts.")
+@_training_options
 @click.pass_obj
 def stage2(workspace: Workspace, /, as_json: bool, **options: Any) -> None:
     """Train the student: MimCo's masked image modelling against the frozen teacher.
@@ -170,7 +174,7 @@ def export(
 ) -> None:
     """Export the student as an encoder bundle, and prove that it answers as torch does."""
     source = checkpoint or workspace.stage2 / "last"
-    if not source.is_dir():
+    if checkpoint is None and not source.is_dir():
         raise WorkspaceError(f"no trained student in {source}", expected="a checkpoint", command="mimco train stage2")
     with _extra("train"):
         from mimco_deploy.training.checkpoint import read_checkpoint
@@ -209,6 +213,8 @@ def index(
     from mimco_deploy.terminal import counting_bar
 
     if forget:
+        if not folders or rebuild:
+            raise click.UsageError("--forget takes the FOLDERS to drop, and no other option.")
         dropped = sum(forget_root(workspace.index, folder) for folder in folders)
         if as_json:
             _print_json({"forgotten": folders, "files": dropped})

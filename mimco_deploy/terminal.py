@@ -19,8 +19,11 @@ talk = Console(stderr=True, highlight=False)
 
 def set_up_logging(verbose: bool) -> None:
     """Send warnings to stderr without disturbing a bar; with `verbose`, all that the package says."""
-    handler = RichHandler(console=talk, show_time=False, show_path=False, show_level=False, markup=False)
+    handler: logging.Handler = logging.StreamHandler()
+    if talk.is_terminal:  # without one, rich would fold lines at 80 columns
+        handler = RichHandler(console=talk, show_time=False, show_path=False, show_level=False, markup=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    logging.getLogger("timm").setLevel(logging.ERROR)  # speaks of schedules of a few steps
     logging.getLogger("mimco_deploy").setLevel(logging.INFO if verbose else logging.WARNING)
 
 

@@ -12,12 +12,12 @@ from mimco_deploy.atomic import staged_dir
 from mimco_deploy.bundle import MODEL_FILE, PARITY_FILE, EncoderSpec, Golden, read_bundle, write_contract, write_golden
 from mimco_deploy.drawings import KINDS, draw
 from mimco_deploy.export.parity import ParityReport, check_parity
-from mimco_deploy.export.student import CROP_SHARE, EncoderModule, fingerprint
+from mimco_deploy.export.student import EncoderModule, fingerprint, weights_hash
 from mimco_deploy.export.to_onnx import OPSET, convert
 from mimco_deploy.preprocess import preprocess
 from mimco_deploy.serving.encoders.onnx import OnnxEncoder
+from mimco_deploy.training.backbone import CROP_SHARE
 from mimco_deploy.training.checkpoint import Checkpoint, load_encoder
-from mimco_deploy.training.config import Stage2Config
 
 GOLDEN_PICTURES = 8
 
@@ -51,7 +51,7 @@ def export_encoder(checkpoint: Checkpoint, target: Path, licence: str) -> Parity
         fingerprint=fingerprint(module),
         licence=licence,
         weights_source=f"mimco {checkpoint.stage}, step {checkpoint.step} of {checkpoint.total_steps}",
-        teacher_source=config.teacher if isinstance(config, Stage2Config) else "",
+        teacher_source=_teacher_source(checkpoint),
         opset=OPSET,
     )
     with staged_dir(target) as staging:
@@ -62,6 +62,13 @@ def export_encoder(checkpoint: Checkpoint, target: Path, licence: str) -> Parity
         report.write(staging / PARITY_FILE)
         write_contract(staging, spec)
     return report
+
+
+def _teacher_source(checkpoint: Checkpoint) -> str:
+    """The teacher by its weights: a path would mean nothing where the bundle goes."""
+    prefix = "teacher."
+    state = {key: value for key, value in checkpoint.load_model().items() if key.startswith(prefix)}
+    return f"weights with SHA-256 {weights_hash(state)}" if state else "none"
 
 
 def make_golden(module: EncoderModule, image_size_px: int) -> Golden:

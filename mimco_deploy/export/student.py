@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
+from dataclasses import asdict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mimco_deploy.training.augment import to_input
-from mimco_deploy.training.backbone import Backbone
-
-CROP_SHARE = 0.875
-"""Eval-time geometry: the centre crop's side over the resized short side, ImageNet's convention (224 of 256)."""
+from mimco_deploy.training.backbone import CROP_SHARE, Backbone
 
 
 class EncoderModule(nn.Module):
@@ -38,11 +37,15 @@ class EncoderModule(nn.Module):
 
 def fingerprint(module: EncoderModule) -> str:
     """SHA-256 over all that decides an embedding: weights, architecture, pooling and geometry."""
-    config = module.backbone.config
+    contract = {**asdict(module.backbone.config), "crop_share": CROP_SHARE, "pooling": module.pooling}
+    weights = weights_hash(module.backbone.state_dict())
+    return hashlib.sha256(f"{json.dumps(contract, sort_keys=True)}\n{weights}".encode()).hexdigest()
+
+
+def weights_hash(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and values of tensors."""
     digest = hashlib.sha256()
-    contract = {"architecture": config.name, "image_size_px": config.image_size_px, "crop_share": CROP_SHARE}
-    digest.update(json.dumps({**contract, "pooling": module.pooling}, sort_keys=True).encode())
-    for name, value in sorted(module.backbone.state_dict().items()):
+    for name, value in sorted(state.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -166,7 +166,7 @@ def search_image(index: ImageIndex, encoder: Encoder, path: Path, k: int) -> lis
         k: at least 1.
 
     Returns:
-        Up to k hits, best first. An indexed query image finds itself, with a score of 1.
+        Up to k hits, best first. An indexed query image finds itself, with a score of 1 but for rounding.
 
     Raises:
         ImageError: the query is not a picture.

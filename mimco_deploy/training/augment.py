@@ -11,12 +11,9 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 from torchvision.transforms import v2
 
+from mimco_deploy.training.backbone import MEAN, STD
 from mimco_deploy.training.config import BackboneConfig, MaskConfig, ViewsConfig
 from mimco_deploy.training.masking import draw_mask, mask_shape
-
-# ImageNet's channel statistics in [0, 1], the field's convention; export puts the same into the graph.
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
 
 
 def to_input(pixels: Tensor) -> Tensor:

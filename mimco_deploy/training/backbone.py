@@ -19,6 +19,12 @@ from torch import Tensor, nn
 from mimco_deploy.errors import ConfigError
 from mimco_deploy.training.config import BackboneConfig
 
+# ImageNet's channel statistics in [0, 1], the field's convention: of training's input and of the exported graph.
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+CROP_SHARE = 0.875
+"""Eval-time geometry: the centre crop's side over the resized short side, ImageNet's convention (224 of 256)."""
+
 
 class Features(NamedTuple):
     """What a backbone gives, after its last norm; not normalised."""
@@ -97,8 +103,25 @@ def timm_args(config: BackboneConfig) -> dict[str, Any]:
 
 
 def save_as_timm(backbone: Backbone, folder: Path) -> None:
-    """Write a folder that `timm.create_model("local-dir:<folder>")` loads."""
-    save_for_hf(backbone.body, str(folder), model_args=timm_args(backbone.config), safe_serialization=True)
+    """Write a folder that `timm.create_model("local-dir:<folder>", pretrained=True)` loads.
+
+    timm fills its config from the architecture's published weights; what describes those and not ours is replaced.
+    """
+    ours = {
+        "tag": "",
+        "license": "unstated",
+        "mean": MEAN,
+        "std": STD,
+        "crop_pct": CROP_SHARE,
+        "interpolation": "bicubic",
+    }
+    save_for_hf(
+        backbone.body,
+        str(folder),
+        model_config={"pretrained_cfg": ours},
+        model_args=timm_args(backbone.config),
+        safe_serialization=True,
+    )
 
 
 def sincos_positions(embed_dim: int, grid: int) -> Tensor:

@@ -4,7 +4,7 @@ last/
 ├── config.json         format version, stage, step, settings, fingerprint of the corpus
 ├── model.safetensors   the method's state: encoder, heads, teacher or momentum encoder, queue
 ├── optimizer.pt        AdamW's state, loaded with weights_only=True
-└── timm/               the encoder alone, for timm.create_model("local-dir:…")
+└── timm/               the encoder alone, for timm.create_model("local-dir:…", pretrained=True)
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ class Checkpoint:
         path = self.path / "optimizer.pt"
         try:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, ValueError, EOFError) as error:
-            raise CheckpointError(f"{path}: {error}", expected="an optimiser's state") from error
+        except Exception as error:  # an unpickler of broken bytes raises nearly anything, with advice over many lines
+            raise CheckpointError(f"{path} cannot be read", expected="an optimiser's state") from error
         return state
 
 
@@ -89,6 +89,9 @@ def save_checkpoint(
         torch.save(optimizer.state_dict(), staging / "optimizer.pt")
         assert isinstance(method.encoder, Backbone)
         save_as_timm(method.encoder, staging / "timm")
+        mode = (staging / "config.json").stat().st_mode
+        for path in staging.rglob("*.safetensors"):
+            path.chmod(mode)  # safetensors writes for the owner alone, whatever the umask
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -106,9 +109,9 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             raise CheckpointError(f"{path} has format version {version}", expected=str(FORMAT_VERSION))
         config = from_document(STAGES[stage], document.pop("config"))
         return Checkpoint(folder, stage, config=config, **document)
-    except FileNotFoundError as error:
+    except OSError as error:
         raise CheckpointError(f"no checkpoint in {folder}", expected="config.json") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: {error}", expected="a checkpoint's config.json") from error
 
 

@@ -61,6 +61,13 @@ class DataConfig:
     workers: int = 1
     """Data-loading processes for each training process; 0 loads in the training process itself."""
 
+    def __post_init__(self) -> None:
+        """Raises ConfigError for values that cannot be meant."""
+        _require(self.memory_mib >= 0, "data.memory_mib", self.memory_mib, "0 or more")
+        _require(self.short_side_px >= 1, "data.short_side_px", self.short_side_px, "at least 1")
+        _require(0.0 <= self.max_bad_share < 1.0, "data.max_bad_share", self.max_bad_share, "a share below 1")
+        _require(self.workers >= 0, "data.workers", self.workers, "0 or more")
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
@@ -103,6 +110,12 @@ class RunConfig:
     checkpoint_every_steps: int = 500
     """Steps between two checkpoints."""
 
+    def __post_init__(self) -> None:
+        """Raises ConfigError for values that cannot be meant."""
+        for name in ("epochs", "global_batch_size", "accumulate", "log_every_steps", "checkpoint_every_steps"):
+            _require(getattr(self, name) >= 1, f"run.{name}", getattr(self, name), "at least 1")
+        _require(self.seed >= 0, "run.seed", self.seed, "0 or more")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ViewsConfig:
@@ -113,6 +126,10 @@ class ViewsConfig:
     blur_radius_px: tuple[float, float] = (0.1, 2.0)
     """Range of the Gaussian's standard deviation, for 224 px; scaled with the image size, which is our choice: the
     paper trains at 224 only."""
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for values that cannot be meant."""
+        _require(0.0 < self.min_crop_scale <= 1.0, "views.min_crop_scale", self.min_crop_scale, "above 0, up to 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +145,10 @@ class MoCoV3Config:
     projection_dim: int = 256
     """P, width of queries and keys."""
 
+    def __post_init__(self) -> None:
+        """Raises ConfigError for values that cannot be meant."""
+        _require(self.temperature > 0.0, "method.temperature", self.temperature, "above 0")
+
 
 @dataclass(frozen=True, kw_only=True)
 class MaskConfig:
@@ -140,13 +161,17 @@ class MaskConfig:
     min_crop_scale: float = 0.67
     """Smallest share of the picture's area in the one crop that student and teacher see (SimMIM)."""
 
+    def __post_init__(self) -> None:
+        """Raises ConfigError for values that cannot be meant."""
+        _require(0.0 < self.min_crop_scale <= 1.0, "mask.min_crop_scale", self.min_crop_scale, "above 0, up to 1")
+
 
 Dictionary = Literal["intra", "batch", "queue"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class MimCoConfig:
-    """MimCo (arXiv 2209.03063). The paper's values are not public; each field is our choice, with its reason."""
+    """MimCo (arXiv 2209.03063). We had the abstract, not its values: each field is our choice, with the reason."""
 
     dictionaries: tuple[Dictionary, ...] = ("intra", "batch")
     """Where the patch loss takes negatives: the same image, other images of the batch, a queue of past teacher tokens.
@@ -172,6 +197,11 @@ class MimCoConfig:
     init_from_teacher: bool = False
     """Start the student from the teacher's weights instead of at random. Our choice is off, as the plain reading of the
     abstract; on keeps the teacher's quality from the first step (measured in docs/decisions.md)."""
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for values that cannot be meant."""
+        for name in ("patch_temperature", "image_temperature", "batch_keys", "queue_size"):
+            _require(getattr(self, name) > 0, f"method.{name}", getattr(self, name), "above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,6 +236,11 @@ class Recipe:
 
     stage1: Stage1Config
     stage2: Stage2Config
+
+
+def _require(holds: bool, key: str, value: object, expected: str) -> None:
+    if not holds:
+        raise ConfigError(f"{key} {value}", expected=expected)
 
 
 def vit_tiny_debug() -> Recipe:
@@ -255,8 +290,8 @@ def vit_small() -> Recipe:
                 weight_decay=0.05,
                 decay_everything=False,
                 warmup_epochs=10,
-                warmup_lr=1.25e-7,
-                min_lr=1.25e-6,
+                warmup_lr=5e-7,
+                min_lr=5e-6,
                 clip_norm=5.0,
             ),
             data=DataConfig(workers=8),
@@ -312,11 +347,10 @@ def _replace(config: Any, whole_key: str, path: list[str], text: str) -> Any:
     hints = typing.get_type_hints(type(config))
     name, *rest = path
     if name not in hints or bool(rest) != dataclasses.is_dataclass(hints[name]):
-        near = difflib.get_close_matches(whole_key, list(_keys(type(config))), n=1, cutoff=0.0)
+        prefix = whole_key.removesuffix(".".join(path))
+        near = difflib.get_close_matches(whole_key, list(_keys(type(config), prefix)), n=1, cutoff=0.0)
         raise ConfigError(f"no setting {whole_key}", expected=f"one of the run's settings, nearest {near[0]}")
-    value = (
-        _replace(getattr(config, name), ".".join(rest), rest, text) if rest else _parse(hints[name], text, whole_key)
-    )
+    value = _replace(getattr(config, name), whole_key, rest, text) if rest else _parse(hints[name], text, whole_key)
     return dataclasses.replace(config, **{name: value})
 
 
@@ -332,8 +366,10 @@ def _parse(hint: Any, text: str, key: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     try:
         if origin is tuple:
-            inner = arguments[0]
-            return tuple(_parse(inner, part, key) for part in text.split(",") if part)
+            parts = [_parse(arguments[0], part, key) for part in text.split(",") if part]
+            if arguments[-1] is not Ellipsis and len(parts) != len(arguments):
+                raise ValueError
+            return tuple(parts)
         if origin is Literal:
             if text not in arguments:
                 raise ValueError
@@ -342,5 +378,6 @@ def _parse(hint: Any, text: str, key: str) -> Any:
             return {"true": True, "false": False}[text.lower()]
         return hint(text)
     except (ValueError, KeyError) as error:
-        wanted = " or ".join(map(str, arguments)) if origin is Literal else getattr(hint, "__name__", str(hint))
+        names = " or ".join(map(str, arguments))
+        wanted = {Literal: names, tuple: f"{len(arguments)} values with commas between"}.get(origin, str(hint))
         raise ConfigError(f"{key}={text}", expected=f"a value of type {wanted}") from error

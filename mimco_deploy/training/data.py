@@ -12,10 +12,11 @@ import logging
 import os
 import signal
 import tarfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,8 +34,8 @@ logger = logging.getLogger(__name__)
 
 Views = tuple[Tensor, ...]
 MakeViews = Callable[[Image.Image], Views]
-Batches = Iterator[tuple[Views, list[str]]]
-"""Views, each stacked over the batch, and the names of pictures that were skipped for them."""
+Batches = Generator[tuple[Views, list[str]], None, None]
+"""Views, each stacked over the batch, and the names of pictures that were skipped for them; to be closed after use."""
 Slot = tuple[int, int]
 """Index of a picture, and its position in the whole run's sequence of pictures."""
 
@@ -112,6 +113,8 @@ def _in_folder(root: Path) -> Iterator[Picture]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         here = Path(folder)
         for name in names:
+            if name.startswith("."):  # a Mac writes `._IMG_1.jpg` beside each picture on foreign disks
+                continue
             path = here / name
             if path.suffix == ".tar":
                 yield from _in_tar(path)
@@ -266,19 +269,22 @@ class StepSampler(Sampler[list[Slot]]):
                 yield [(int(order[within * batch + slot]), step * batch + slot) for slot in slots]
 
 
-class _ViewDataset(Dataset[tuple[Views, list[str]]]):
+class _ViewDataset(Dataset[tuple[Views, list[str]] | DataError]):
     def __init__(self, corpus: Corpus, make_views: MakeViews, seed: int) -> None:
         self._corpus, self._make_views, self._seed = corpus, make_views, seed
 
-    def __getitem__(self, slot: Slot) -> tuple[Views, list[str]]:
+    def __getitem__(self, slot: Slot) -> tuple[Views, list[str]] | DataError:
         index, position = slot
-        picture, refused = self._corpus.get(index)
+        try:
+            picture, refused = self._corpus.get(index)
+        except DataError as error:
+            return error  # raised in a data-loading process it would reach the training process as a traceback
         torch.default_generator.manual_seed(seed_for(self._seed, position))
         return self._make_views(picture), refused
 
 
 def load_batches(corpus: Corpus, make_views: MakeViews, sampler: StepSampler, seed: int, workers: int) -> Batches:
-    """Batches of views in the sampler's order."""
+    """Batches of views in the sampler's order. `close()` ends the data-loading processes."""
     pin = torch.cuda.is_available()
     loader = DataLoader(
         _ViewDataset(corpus, make_views, seed),
@@ -289,7 +295,19 @@ def load_batches(corpus: Corpus, make_views: MakeViews, sampler: StepSampler, se
         prefetch_factor=4 if workers else None,
         worker_init_fn=_leave_signals_to_the_parent,
     )
-    return iter(loader)
+    return _give_batches(iter(loader))
+
+
+def _give_batches(batches: Any) -> Batches:
+    try:
+        for batch in batches:
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
+    finally:
+        if hasattr(batches, "_shutdown_workers"):
+            # at the interpreter's end it would be too late: the processes ignore the signal that it sends them
+            batches._shutdown_workers()
 
 
 def _leave_signals_to_the_parent(_: int) -> None:
@@ -298,6 +316,11 @@ def _leave_signals_to_the_parent(_: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _collate(items: list[tuple[Views, list[str]]]) -> tuple[Views, list[str]]:
-    views = tuple(torch.stack(columns) for columns in zip(*(views for views, _ in items), strict=True))
-    return views, [name for _, names in items for name in names]
+def _collate(items: list[tuple[Views, list[str]] | DataError]) -> tuple[Views, list[str]] | DataError:
+    good = []
+    for item in items:
+        if isinstance(item, DataError):
+            return item
+        good.append(item)
+    views = tuple(torch.stack(columns) for columns in zip(*(views for views, _ in good), strict=True))
+    return views, [name for _, names in good for name in names]

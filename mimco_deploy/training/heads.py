@@ -31,7 +31,7 @@ def mocov3_mlp(layers: int, in_dim: int, hidden_dim: int, out_dim: int) -> nn.Se
 
 
 def image_mlp(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
-    """MimCo's image head: linear, BN, ReLU, linear. Our choice; the paper's shape is not public.
+    """MimCo's image head: linear, BN, ReLU, linear. Our choice: we did not have the paper's shape.
 
     Returns:
         [B, in_dim] → [B, out_dim], not normalised.

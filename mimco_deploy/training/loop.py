@@ -10,6 +10,7 @@ import contextlib
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from mimco_deploy.training.checkpoint import Checkpoint, load_strictly, save_che
 from mimco_deploy.training.config import RunConfig, Stage1Config, Stage2Config
 from mimco_deploy.training.data import Batches, Corpus, MakeViews, StepSampler, load_batches, seed_for
 from mimco_deploy.training.distributed import any_process, is_main, rank, world_size
-from mimco_deploy.training.monitor import RunLog, check_alive
+from mimco_deploy.training.monitor import RunLog, check_alive, check_finite
 from mimco_deploy.training.optim import build_optimizer, clip_gradients
 from mimco_deploy.training.schedules import lr_schedule
 
@@ -97,17 +98,21 @@ def train(
         global_batch_size=run.global_batch_size,
     )
     parallel = _parallel(method)
-    batches = load_batches(corpus, make_views, sampler, run.seed, config.data.workers)
-    log = RunLog(folder, step) if is_main() else None
     meter = _Meter(run.global_batch_size)
 
     def save() -> None:
         meter.check()
+        check_finite(step - 1, method)
         if is_main():
             state = {"step": step, "total_steps": sampler.total_steps, "corpus": corpus.fingerprint}
             save_checkpoint(folder / "last", method, optimizer, config, **state)
 
-    with _stop_requests() as stop:
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(_stop_requests())
+        batches = stack.enter_context(
+            contextlib.closing(load_batches(corpus, make_views, sampler, run.seed, config.data.workers))
+        )
+        log = stack.enter_context(contextlib.closing(RunLog(folder, step))) if is_main() else None
         parallel.train()
         while step < sampler.total_steps:
             cast(Method, method).start_step(step / sampler.total_steps)
@@ -134,8 +139,6 @@ def train(
                     f"stopped after step {step} of {sampler.total_steps}; the checkpoint is written",
                     command=f"mimco train {stage_name(config)} --resume",
                 )
-    if log is not None:
-        log.close()
 
 
 def _accumulate_gradients(
@@ -170,7 +173,10 @@ def _restore(resume: Checkpoint, method: nn.Module, optimizer: torch.optim.Optim
             expected="the same pictures, to resume exactly",
         )
     load_strictly(method, resume.load_model(), resume.path)
-    optimizer.load_state_dict(resume.load_optimizer())
+    try:
+        optimizer.load_state_dict(resume.load_optimizer())
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{resume.path / 'optimizer.pt'}: {error}", expected="a state that fits") from error
 
 
 def _parallel(method: nn.Module) -> nn.Module:
@@ -179,7 +185,10 @@ def _parallel(method: nn.Module) -> nn.Module:
     device = next(method.parameters()).device
     if device.type == "cuda":  # gloo has no SyncBatchNorm: on CPUs each process keeps its own statistics
         method = nn.SyncBatchNorm.convert_sync_batchnorm(method)  # type: ignore[no-untyped-call]
-    return DistributedDataParallel(method, broadcast_buffers=False)
+    with warnings.catch_warnings():
+        # The name that replaces it is not in torch 2.11, and does more: each process keeps its own queue here.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        return DistributedDataParallel(method, broadcast_buffers=False)
 
 
 def _no_sync(parallel: nn.Module, *, unless: bool) -> AbstractContextManager[None]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from mimco_deploy.errors import TrainingError
@@ -52,6 +52,20 @@ def check_alive(step: int, row: Mapping[str, float]) -> None:
             f"step {step}: features collapsed, spread {row['feature_spread']:.2e}",
             expected=f"at least {COLLAPSED:.0e}; a lower optim.base_lr or a larger run.global_batch_size often helps",
         )
+
+
+def check_finite(step: int, method: nn.Module) -> None:
+    """Stop a run whose weights are no numbers, which a finite loss does not rule out: its gradient may be none.
+
+    Raises:
+        TrainingError: a parameter holds NaN or infinity; names the step and the parameter.
+    """
+    for name, parameter in method.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise TrainingError(
+                f"step {step}: {name} holds NaN or infinity",
+                expected="finite weights; a lower optim.base_lr or a longer optim.warmup_epochs often helps",
+            )
 
 
 class RunLog:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from mimco_deploy.errors import CheckpointError, ConfigError, WorkspaceError
 from mimco_deploy.training.checkpoint import Checkpoint, read_checkpoint
 from mimco_deploy.training.config import PRESETS, Recipe, Stage1Config, Stage2Config, apply_settings
-from mimco_deploy.workspace import set_aside
 
-logger = logging.getLogger(__name__)
+StageT = TypeVar("StageT", Stage1Config, Stage2Config)
 
 LAST = "last"
 """Name of the checkpoint in a run's folder."""
@@ -42,9 +41,16 @@ class Request:
             "run.epochs": self.epochs,
             "run.global_batch_size": self.batch_size,
             "method.init_from_teacher": self.init_from_teacher,
-            "data.sources": ",".join(str(path.resolve()) for path in self.data) or None,
         }
         return [*(f"{key}={value}" for key, value in named.items() if value is not None), *self.settings]
+
+    def apply(self, config: StageT) -> StageT:
+        """The config with every option of the request in it."""
+        config = apply_settings(config, self.all_settings())
+        if not self.data:
+            return config
+        sources = tuple(str(path.resolve()) for path in self.data)  # the workspace may be used from another folder
+        return dataclasses.replace(config, data=dataclasses.replace(config.data, sources=sources))
 
 
 def open_stage1(folder: Path, request: Request) -> tuple[Stage1Config, Checkpoint | None]:
@@ -60,7 +66,7 @@ def open_stage1(folder: Path, request: Request) -> tuple[Stage1Config, Checkpoin
     if not request.data:
         raise ConfigError("no pictures to train on", command="mimco train stage1 --data DIR")
     recipe = _preset(request.preset or ("vit_small" if torch.cuda.is_available() else "vit_tiny_debug"))
-    return apply_settings(recipe.stage1, request.all_settings()), None
+    return request.apply(recipe.stage1), None
 
 
 def open_stage2(folder: Path, teacher: Path, request: Request) -> tuple[Stage2Config, Checkpoint | None]:
@@ -86,25 +92,23 @@ def open_stage2(folder: Path, teacher: Path, request: Request) -> tuple[Stage2Co
     trained = read_checkpoint(source).config
     recipe = _preset(request.preset or _preset_of(trained.backbone.name))
     config = dataclasses.replace(recipe.stage2, backbone=trained.backbone, data=trained.data, teacher=str(source))
-    return apply_settings(config, request.all_settings()), None
+    return request.apply(config), None
 
 
 def _open_folder(folder: Path, stage: str, request: Request) -> Checkpoint | None:
-    command = f"mimco train {stage}"
     if request.resume:
         changed = dataclasses.replace(request, resume=False) != Request()
         if changed:
             raise ConfigError("--resume with other options", expected="--resume alone: a run keeps its settings")
+        if not (folder / LAST).exists():
+            command = "mimco train stage1 --data DIR" if stage == "stage1" else "mimco train stage2"
+            raise CheckpointError(f"no run in {folder} to resume", command=command)
         checkpoint = read_checkpoint(folder / LAST)
         if checkpoint.stage != stage:
             raise CheckpointError(f"{checkpoint.path} is of {checkpoint.stage}", expected=stage)
         return checkpoint
-    if (folder / LAST).exists():
-        if not request.fresh:
-            raise CheckpointError(
-                f"{folder} already holds a run", expected="--resume to go on or --fresh to start anew", command=command
-            )
-        logger.warning("the run that was in %s is now in %s", folder, set_aside(folder))
+    if (folder / LAST).exists() and not request.fresh:
+        raise CheckpointError(f"{folder} already holds a run", expected="--resume to go on or --fresh to start anew")
     return None
 
 

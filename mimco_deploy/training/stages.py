@@ -15,11 +15,12 @@ from mimco_deploy.training.augment import MaskedView, TwoViews
 from mimco_deploy.training.checkpoint import Checkpoint, load_encoder, read_checkpoint
 from mimco_deploy.training.config import Stage1Config, Stage2Config
 from mimco_deploy.training.data import Corpus, load_corpus
-from mimco_deploy.training.distributed import process_group, world_size
+from mimco_deploy.training.distributed import is_main, process_group, world_size
 from mimco_deploy.training.loop import StepReport, fit_batch, train
 from mimco_deploy.training.masking import mask_shape
 from mimco_deploy.training.methods.mimco import MimCo
 from mimco_deploy.training.methods.mocov3 import MoCoV3
+from mimco_deploy.workspace import set_aside
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ def train_stage1(
         torch.manual_seed(config.run.seed)
         method = MoCoV3(config.backbone, config.method).to(device)
         make_views = TwoViews(config.backbone.image_size_px, config.views)
-        folder.mkdir(parents=True, exist_ok=True)
+        _open_folder(folder, resume)
         train(method, config, corpus, make_views, folder, resume=resume, on_step=on_step)
 
 
@@ -76,12 +77,22 @@ def train_stage2(
         masked = mask_shape(config.backbone, config.mask).masked_patches
         method = MimCo(config.backbone, teacher, teacher_pooling, masked, config.method).to(device)
         make_views = MaskedView(config.backbone, config.mask)
-        folder.mkdir(parents=True, exist_ok=True)
+        _open_folder(folder, resume)
         train(method, config, corpus, make_views, folder, resume=resume, on_step=on_step)
+
+
+def _open_folder(folder: Path, resume: Checkpoint | None) -> None:
+    """Make the run's folder; a run that is there and not resumed is moved aside, once nothing else can be refused."""
+    if not is_main():
+        return
+    if resume is None and folder.exists():
+        logger.warning("the run that was in %s is now in %s", folder, set_aside(folder))
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def _fit(config: StageConfig, corpus: Corpus) -> StageConfig:
     run = config.run
+    _check_numbers(config)
     batch = fit_batch(run, len(corpus))
     if batch < run.global_batch_size:
         logger.warning("global batch of %d instead of %d: %d pictures", batch, run.global_batch_size, len(corpus))
@@ -98,3 +109,19 @@ def _fit(config: StageConfig, corpus: Corpus) -> StageConfig:
             expected="at least 2 pictures in each, evenly; a contrastive loss needs negatives",
         )
     return config
+
+
+def _check_numbers(config: Stage1Config | Stage2Config) -> None:
+    run = config.run
+    least = {
+        "run.epochs": (run.epochs, 1),
+        "run.global_batch_size": (run.global_batch_size, 1),
+        "run.accumulate": (run.accumulate, 1),
+        "run.log_every_steps": (run.log_every_steps, 1),
+        "run.checkpoint_every_steps": (run.checkpoint_every_steps, 1),
+        "run.seed": (run.seed, 0),
+        "data.workers": (config.data.workers, 0),
+    }
+    for key, (value, lowest) in least.items():
+        if value < lowest:
+            raise ConfigError(f"{key} {value}", expected=f"{lowest} or more")

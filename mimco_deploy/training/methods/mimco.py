@@ -2,8 +2,9 @@
 
 The student sees a masked image, the frozen teacher sees all of it. Two losses, both contrastive: each masked patch must
 find the teacher's token of the same place (patch level), and the pooled image must find the teacher's feature of the
-same image (image level). The paper's heads, negatives and temperatures are not public: `MimCoConfig` says what we chose
-and why. Must not import export, serving or evaluation.
+same image (image level). We had the paper's abstract and a review of it, which says that both losses are contrastive;
+heads, negatives and temperatures are our choice, and `MimCoConfig` says why. Must not import export, serving or
+evaluation.
 """
 
 from __future__ import annotations

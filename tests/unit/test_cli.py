@@ -1,0 +1,215 @@
+"""The command line: help of everything, one line for each error, nothing heavy before it is needed."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from mimco_deploy import __version__
+from mimco_deploy.cli import main
+from mimco_deploy.errors import ImageError, WorkspaceError
+from mimco_deploy.serving.update import update_index
+from tests.helpers import CountingEncoder, gallery, tiny_bundle
+
+HEAVY = {"torch", "torchvision", "timm", "onnx", "onnxscript", "tensorboard", "safetensors"}
+SERVING = {"numpy", "PIL", "faiss", "onnxruntime", "rich"}
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """Each command sets the package's level."""
+    logger = logging.getLogger("mimco_deploy")
+    level = logger.level
+    yield
+    logger.setLevel(level)
+
+
+def commands(command: click.Command = main, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    yield path
+    if isinstance(command, click.Group):
+        for name, child in command.commands.items():
+            yield from commands(child, (*path, name))
+
+
+def mimco(workspace: Path, *arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, ["--workspace", str(workspace), *map(str, arguments)])
+
+
+def refused(result: Result, *words: str) -> None:
+    """Exit code 1, and one line on stderr that says all of `words`."""
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr.startswith("Error: ")
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.endswith("\n")
+    for word in words:
+        assert word in result.stderr
+
+
+# ---------------------------------------------------------------------------------------------------- help
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+@pytest.mark.parametrize("path", [*commands()], ids=" ".join)
+def test_every_command_has_help(path: tuple[str, ...], flag: str) -> None:
+    result = CliRunner().invoke(main, [*path, flag], prog_name="mimco")
+    assert result.exit_code == 0
+    assert result.stdout.startswith(f"Usage: {' '.join(('mimco', *path))}")
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize("path", [*commands()], ids=" ".join)
+def test_every_option_has_a_word_of_help(path: tuple[str, ...]) -> None:
+    command: click.Command = main
+    for name in path:
+        assert isinstance(command, click.Group)
+        command = command.commands[name]
+    options = [parameter for parameter in command.params if isinstance(parameter, click.Option)]
+    assert [option.name for option in options if not option.help] == []
+
+
+def test_version_is_the_packages() -> None:
+    result = CliRunner().invoke(main, ["--version"])
+    assert (result.exit_code, result.stdout) == (0, f"mimco, version {__version__}\n")
+
+
+# ---------------------------------------------------------------------------------------------------- what is loaded
+
+
+def imported(*arguments: str | Path) -> set[str]:
+    """Top-level packages that a command brings in, as the interpreter itself reports them."""
+    code = "from mimco_deploy.cli import main; main(prog_name='mimco')"
+    words = [sys.executable, "-X", "importtime", "-c", code, *map(str, arguments)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
+    return {line.rpartition("|")[2].strip().partition(".")[0] for line in lines}
+
+
+@pytest.mark.parametrize("path", [(), ("train",), ("train", "stage1"), ("export",), ("index",), ("search",)])
+def test_help_imports_nothing_but_click(path: tuple[str, ...]) -> None:
+    seen = imported(*path, "--help")
+    assert {"click", "mimco_deploy"} <= seen
+    assert seen & HEAVY == set()
+    assert seen & SERVING <= ({"rich"} if path else set())
+
+
+def test_search_imports_no_torch(tmp_path: Path) -> None:
+    gallery(tmp_path / "photos", 5)
+    tiny_bundle(tmp_path / "encoder")
+    update_index(tmp_path / "index", [tmp_path / "photos"], CountingEncoder())
+    query, sheet = tmp_path / "photos/0002.png", tmp_path / "hits.html"
+    seen = imported("--workspace", tmp_path, "search", query, "--sheet", sheet)
+    assert {"onnxruntime", "faiss"} <= seen
+    assert seen & HEAVY == set()
+    assert sheet.is_file()
+
+
+# ---------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize("arguments", [("search", "query.jpg"), ("index", "."), ("index",)])
+def test_a_missing_encoder_names_the_command_that_makes_it(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    refused(mimco(tmp_path, *arguments), "no encoder in", "run: mimco export --format onnx")
+
+
+def test_a_missing_index_names_the_command_that_makes_it(tmp_path: Path) -> None:
+    tiny_bundle(tmp_path / "encoder")
+    refused(mimco(tmp_path, "search", "query.jpg"), "no index in", "run: mimco index DIR")
+    refused(mimco(tmp_path, "index"), "no folder to index", "run: mimco index DIR")
+    refused(mimco(tmp_path, "index", "--forget", tmp_path), "no index in", "run: mimco index DIR")
+
+
+def test_a_missing_teacher_names_the_command_that_trains_it(tmp_path: Path) -> None:
+    refused(mimco(tmp_path, "train", "stage2"), "no teacher in", "run: mimco train stage1 --data DIR")
+    refused(mimco(tmp_path, "train", "stage2", "--teacher", tmp_path / "nowhere"), "nowhere", "mimco train stage1")
+
+
+def test_a_missing_student_names_the_command_that_trains_it(tmp_path: Path) -> None:
+    refused(mimco(tmp_path, "export", "--format", "onnx"), "no trained student in", "run: mimco train stage2")
+
+
+def test_training_without_pictures_says_how_to_give_them(tmp_path: Path) -> None:
+    refused(mimco(tmp_path, "train", "stage1"), "no pictures to train on", "mimco train stage1 --data DIR")
+    refused(mimco(tmp_path, "train", "stage1", "--data", tmp_path / "nowhere"), "nowhere does not exist")
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_resuming_without_a_run_is_refused(stage: str, tmp_path: Path) -> None:
+    refused(mimco(tmp_path, "train", stage, "--resume"), "no run in", stage)
+
+
+def test_resuming_with_other_settings_is_refused(tmp_path: Path) -> None:
+    refused(mimco(tmp_path, "train", "stage1", "--resume", "--epochs", "3"), "--resume alone")
+
+
+def test_an_unknown_preset_or_setting_is_answered_with_known_ones(tmp_path: Path) -> None:
+    start = ("train", "stage1", "--data", tmp_path)
+    refused(mimco(tmp_path, *start, "--preset", "vit_huge"), "vit_huge", "vit_small, vit_tiny_debug")
+    refused(mimco(tmp_path, *start, "--set", "run.epoch=3"), "no setting run.epoch;", "nearest run.epochs")
+    refused(mimco(tmp_path, *start, "--set", "run.epochs=three"), "run.epochs=three", "int")
+
+
+def test_a_query_that_is_no_picture_is_refused(tmp_path: Path) -> None:
+    gallery(tmp_path / "photos", 3)
+    tiny_bundle(tmp_path / "encoder")
+    update_index(tmp_path / "index", [tmp_path / "photos"], CountingEncoder())
+    (tmp_path / "query.jpg").write_bytes(b"no picture")
+    refused(mimco(tmp_path, "search", tmp_path / "query.jpg"), "query.jpg")
+    refused(mimco(tmp_path, "search", tmp_path / "gone.jpg"), "gone.jpg does not exist")
+
+
+@pytest.mark.parametrize("error", [WorkspaceError("found", expected="wanted", command="do"), ImageError("empty", "x")])
+def test_an_error_of_the_user_is_one_line_without_traceback(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("mimco_deploy.cli.find_workspace", fail)
+    result = mimco(tmp_path, "index")
+    refused(result)
+    assert result.stderr == f"Error: {error}\n"
+
+
+def test_a_defect_of_mimco_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(_: object) -> None:
+        raise RuntimeError("defect")
+
+    monkeypatch.setattr("mimco_deploy.cli.find_workspace", fail)
+    result = mimco(tmp_path, "index")
+    assert isinstance(result.exception, RuntimeError)
+    assert "Error:" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("nonsense",),
+        ("train",),
+        ("train", "stage3"),
+        ("train", "stage1", "--batch-size", "1"),
+        ("train", "stage1", "--teacher", "x"),
+        ("export",),
+        ("export", "--format", "pickle"),
+        ("index", "--batch-size", "0"),
+        ("index", __file__),
+        ("search",),
+        ("search", "query.jpg", "-k", "0"),
+        ("search", "query.jpg", "--nonsense"),
+        ("search", str(Path(__file__).parent)),
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_exits_with_2(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    result = mimco(tmp_path, *arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert "Usage: " in result.stderr
