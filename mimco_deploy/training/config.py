@@ -379,5 +379,7 @@ def _parse(hint: Any, text: str, key: str) -> Any:
         return hint(text)
     except (ValueError, KeyError) as error:
         names = " or ".join(map(str, arguments))
-        wanted = {Literal: names, tuple: f"{len(arguments)} values with commas between"}.get(origin, str(hint))
+        wanted = {Literal: names, tuple: f"{len(arguments)} values with commas between"}.get(
+            origin, getattr(hint, "__name__", str(hint))
+        )
         raise ConfigError(f"{key}={text}", expected=f"a value of type {wanted}") from error

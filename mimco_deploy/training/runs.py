@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import torch
 
+from mimco_deploy.atomic import recover
 from mimco_deploy.errors import CheckpointError, ConfigError, WorkspaceError
 from mimco_deploy.training.checkpoint import Checkpoint, read_checkpoint
 from mimco_deploy.training.config import PRESETS, Recipe, Stage1Config, Stage2Config, apply_settings
@@ -85,6 +86,7 @@ def open_stage2(folder: Path, teacher: Path, request: Request) -> tuple[Stage2Co
         assert isinstance(checkpoint.config, Stage2Config)
         return checkpoint.config, checkpoint
     source = (request.teacher or teacher / LAST).resolve()
+    recover(source)
     if not source.is_dir():
         raise WorkspaceError(
             f"no teacher in {source}", expected="a checkpoint", command="mimco train stage1 --data DIR"
@@ -96,6 +98,7 @@ def open_stage2(folder: Path, teacher: Path, request: Request) -> tuple[Stage2Co
 
 
 def _open_folder(folder: Path, stage: str, request: Request) -> Checkpoint | None:
+    recover(folder / LAST)
     if request.resume:
         changed = dataclasses.replace(request, resume=False) != Request()
         if changed:

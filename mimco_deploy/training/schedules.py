@@ -26,6 +26,16 @@ def momentum_at(progress: float, start: float) -> float:
     return 1.0 - 0.5 * (1.0 + math.cos(math.pi * progress)) * (1.0 - start)
 
 
+def check_warmup(config: OptimConfig, epochs: int) -> None:
+    """Refuse a warm-up that leaves nothing of the run.
+
+    Raises:
+        ConfigError: it is as long as the run, or longer.
+    """
+    if config.warmup_epochs >= epochs:
+        raise ConfigError(f"optim.warmup_epochs {config.warmup_epochs}", expected=f"less than run.epochs, {epochs}")
+
+
 def lr_schedule(
     optimizer: torch.optim.Optimizer,
     config: OptimConfig,
@@ -41,10 +51,9 @@ def lr_schedule(
     Raises:
         ConfigError: the warm-up leaves nothing of the run.
     """
-    if config.warmup_epochs >= epochs:
-        raise ConfigError(f"optim.warmup_epochs {config.warmup_epochs}", expected=f"less than run.epochs, {epochs}")
+    check_warmup(config, epochs)
     scale = global_batch_size / 256
-    warmup_steps = round(config.warmup_epochs * steps_per_epoch)
+    warmup_steps = min(round(config.warmup_epochs * steps_per_epoch), epochs * steps_per_epoch - 1)
     for group in optimizer.param_groups:
         group["lr"] = config.base_lr * scale
         group.pop("initial_lr", None)  # a resumed optimiser carries the one of its first start

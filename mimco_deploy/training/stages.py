@@ -20,6 +20,7 @@ from mimco_deploy.training.loop import StepReport, fit_batch, train
 from mimco_deploy.training.masking import mask_shape
 from mimco_deploy.training.methods.mimco import MimCo
 from mimco_deploy.training.methods.mocov3 import MoCoV3
+from mimco_deploy.training.schedules import check_warmup
 from mimco_deploy.workspace import set_aside
 
 logger = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ def _open_folder(folder: Path, resume: Checkpoint | None) -> None:
 
 def _fit(config: StageConfig, corpus: Corpus) -> StageConfig:
     run = config.run
-    _check_numbers(config)
+    check_warmup(config.optim, run.epochs)
     batch = fit_batch(run, len(corpus))
     if batch < run.global_batch_size:
         logger.warning("global batch of %d instead of %d: %d pictures", batch, run.global_batch_size, len(corpus))
@@ -109,19 +110,3 @@ def _fit(config: StageConfig, corpus: Corpus) -> StageConfig:
             expected="at least 2 pictures in each, evenly; a contrastive loss needs negatives",
         )
     return config
-
-
-def _check_numbers(config: Stage1Config | Stage2Config) -> None:
-    run = config.run
-    least = {
-        "run.epochs": (run.epochs, 1),
-        "run.global_batch_size": (run.global_batch_size, 1),
-        "run.accumulate": (run.accumulate, 1),
-        "run.log_every_steps": (run.log_every_steps, 1),
-        "run.checkpoint_every_steps": (run.checkpoint_every_steps, 1),
-        "run.seed": (run.seed, 0),
-        "data.workers": (config.data.workers, 0),
-    }
-    for key, (value, lowest) in least.items():
-        if value < lowest:
-            raise ConfigError(f"{key} {value}", expected=f"{lowest} or more")

@@ -1,0 +1,93 @@
+"""Where artefacts live."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mimco_deploy.errors import WorkspaceError
+from mimco_deploy.workspace import ENVIRONMENT_VARIABLE, Workspace, find_workspace, set_aside
+
+
+@pytest.fixture(autouse=True)
+def _no_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
+
+
+def test_the_nearest_workspace_upward_is_taken(tmp_path: Path) -> None:
+    (tmp_path / ".mimco").mkdir()
+    (tmp_path / "a" / "b" / ".mimco").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "c" / "d").mkdir(parents=True)
+    for start, expected in (
+        ("a/b/c/d", "a/b/.mimco"),
+        ("a/b", "a/b/.mimco"),
+        ("a", ".mimco"),
+        ("", ".mimco"),
+    ):
+        assert find_workspace(start=tmp_path / start).path == tmp_path / expected
+
+
+def test_the_current_folder_is_where_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".mimco").mkdir()
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    assert find_workspace().path == tmp_path / ".mimco"
+
+
+def test_without_any_it_would_be_made_here_and_is_not_made_yet(tmp_path: Path) -> None:
+    assert find_workspace(start=tmp_path).path == tmp_path / ".mimco"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_of_that_name_further_up_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / ".mimco").mkdir()
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / ".mimco").write_text("", encoding="utf-8")
+    (tmp_path / "a" / "b").mkdir()
+    assert find_workspace(start=tmp_path / "a" / "b").path == tmp_path / ".mimco"
+
+
+def test_the_variable_comes_before_the_search_and_the_option_before_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".mimco").mkdir()
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, str(tmp_path / "named"))
+    assert find_workspace(start=tmp_path).path == tmp_path / "named"
+    assert find_workspace(tmp_path / "explicit", tmp_path).path == tmp_path / "explicit"
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "")
+    assert find_workspace(start=tmp_path).path == tmp_path / ".mimco"
+
+
+def test_a_file_in_its_place_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "file"
+    file.write_text("", encoding="utf-8")
+    with pytest.raises(WorkspaceError, match=f"{file} is a file; expected a workspace folder"):
+        find_workspace(file)
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, str(file))
+    with pytest.raises(WorkspaceError, match="is a file"):
+        find_workspace(start=tmp_path)
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE)
+    (tmp_path / ".mimco").write_text("", encoding="utf-8")
+    with pytest.raises(WorkspaceError, match=r"\.mimco is a file"):
+        find_workspace(start=tmp_path)
+
+
+def test_each_artefact_has_its_place(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    assert [workspace.stage1, workspace.stage2, workspace.encoder, workspace.index] == [
+        tmp_path / name for name in ("stage1", "stage2", "encoder", "index")
+    ]
+
+
+def test_setting_aside_takes_the_first_free_number(tmp_path: Path) -> None:
+    folder = tmp_path / "stage1"
+    (tmp_path / "stage1-2").mkdir()
+    for content, number in (("a", 1), ("b", 3), ("c", 4)):
+        folder.mkdir()
+        (folder / "file").write_text(content, encoding="utf-8")
+        aside = set_aside(folder)
+        assert aside == tmp_path / f"stage1-{number}"
+        assert (aside / "file").read_text(encoding="utf-8") == content
+        assert not folder.exists()
+    assert list((tmp_path / "stage1-2").iterdir()) == []

@@ -1,0 +1,373 @@
+"""Where pictures come from: folders, files, tars; held in memory or read at each use; bad ones."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import logging
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mimco_deploy.drawings import draw
+from mimco_deploy.errors import DataError, ImageError
+from mimco_deploy.training.config import DataConfig
+from mimco_deploy.training.data import Corpus, Picture, find_pictures, load_corpus
+from tests.helpers import gallery, noise, save
+
+
+def config(*sources: Path, held: bool = True, short_side_px: int = 64, max_bad_share: float = 0.05) -> DataConfig:
+    return DataConfig(
+        sources=tuple(map(str, sources)),
+        memory_mib=2048 if held else 0,
+        short_side_px=short_side_px,
+        max_bad_share=max_bad_share,
+        workers=0,
+    )
+
+
+def pack(path: Path, files: dict[str, Path], mode: str = "w") -> Path:
+    with tarfile.open(path, mode) as archive:  # type: ignore[call-overload]
+        for name, file in files.items():
+            archive.add(file, name)
+    return path
+
+
+def break_file(path: Path) -> Path:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    return path
+
+
+def pixels(corpus: Corpus) -> list[bytes]:
+    return [corpus.get(index)[0].tobytes() for index in range(len(corpus))]
+
+
+def test_a_folder_is_walked_in_full_and_labels_are_parent_folders(tmp_path: Path) -> None:
+    root = tmp_path / "photos"
+    for name in ("cats/a.png", "cats/kittens/b.PNG", "dogs/c.jpeg", "top.png"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        noise(1).save(root / name, "PNG")
+    (root / "dogs" / "notes.txt").write_text("not a picture", encoding="utf-8")
+    save(root / ".thumbnails" / "hidden.png", 1)
+    (root / "folder.png").mkdir()
+    pictures = find_pictures([str(root)])
+    names = [Path(picture.name).relative_to(root).as_posix() for picture in pictures]
+    assert names == ["cats/a.png", "cats/kittens/b.PNG", "dogs/c.jpeg", "top.png"]
+    assert [picture.label for picture in pictures] == ["cats", "kittens", "dogs", None]
+    assert all(picture.read() == picture.file.read_bytes() for picture in pictures)
+
+
+def test_a_single_picture_is_a_source(tmp_path: Path) -> None:
+    (picture,) = find_pictures([str(save(tmp_path / "one.png", 0))])
+    assert picture.name == str(tmp_path / "one.png")
+    assert picture.decode(64).size == (32, 32)
+
+
+def test_the_order_does_not_depend_on_the_order_of_the_sources(tmp_path: Path) -> None:
+    gallery(tmp_path / "b", 3)
+    gallery(tmp_path / "a", 3)
+    pack(tmp_path / "c.tar", {"x/1.png": tmp_path / "a" / "0000.png", "x/0.png": tmp_path / "a" / "0001.png"})
+    single = save(tmp_path / "aa.png", 9)
+    sources = [str(tmp_path / "b"), str(tmp_path / "a"), str(tmp_path / "c.tar"), str(single)]
+    listings = [find_pictures(order) for order in itertools.permutations(sources)]
+    assert all(listing == listings[0] for listing in listings)
+    assert len(listings[0]) == 9
+    names = [picture.name for picture in listings[0]]
+    assert names == sorted(names)
+    prints = {Corpus(find_pictures(order), config()).fingerprint for order in itertools.permutations(sources)}
+    assert len(prints) == 1
+
+
+def test_a_picture_named_twice_is_taken_once(tmp_path: Path) -> None:
+    paths = gallery(tmp_path / "photos", 3)
+    sources = [str(tmp_path / "photos"), str(paths[1]), str(tmp_path / "photos")]
+    assert [picture.file for picture in find_pictures(sources)] == paths
+
+
+def test_a_tar_is_read_in_place(tmp_path: Path) -> None:
+    paths = gallery(tmp_path / "photos", 4)
+    tar = pack(
+        tmp_path / "set.tar",
+        {"cats/0.png": paths[0], "cats/1.png": paths[1], "top.png": paths[2], "notes.txt": paths[3]},
+    )
+    pictures = find_pictures([str(tar)])
+    assert [picture.name for picture in pictures] == [
+        f"{tar}:{name}" for name in ("cats/0.png", "cats/1.png", "top.png")
+    ]
+    assert [picture.label for picture in pictures] == ["cats", "cats", None]
+    for picture, path in zip(pictures, paths, strict=False):
+        assert picture.read() == path.read_bytes()
+        assert picture.decode(64).tobytes() == Image.open(path).convert("RGB").tobytes()
+
+
+def test_tars_inside_a_folder_are_walked(tmp_path: Path) -> None:
+    paths = gallery(tmp_path / "photos", 2)
+    pack(tmp_path / "photos" / "more.tar", {"birds/0.png": paths[0]})
+    names = [picture.name for picture in find_pictures([str(tmp_path / "photos")])]
+    assert f"{tmp_path}/photos/more.tar:birds/0.png" in names
+    assert len(names) == 3
+
+
+def test_links_and_folders_in_a_tar_are_passed_over(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.png", 0)
+    with tarfile.open(tmp_path / "set.tar", "w") as archive:
+        archive.add(path, "real.png")
+        link = tarfile.TarInfo("link.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "real.png"
+        archive.addfile(link)
+        folder = tarfile.TarInfo("folder.png")
+        folder.type = tarfile.DIRTYPE
+        archive.addfile(folder)
+    assert [picture.name for picture in find_pictures([str(tmp_path / "set.tar")])] == [f"{tmp_path}/set.tar:real.png"]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "mode"), [(".tar.gz", "w:gz"), (".tgz", "w:gz"), (".tar.xz", "w:xz"), (".tar", "w:gz")]
+)
+def test_a_compressed_tar_is_refused_with_what_to_do(tmp_path: Path, suffix: str, mode: str) -> None:
+    tar = pack(tmp_path / f"set{suffix}", {"a.png": save(tmp_path / "a.png", 0)}, mode)
+    with pytest.raises(
+        DataError, match=r"a plain \.tar, which is read in place; unpack or decompress it first"
+    ) as error:
+        find_pictures([str(tar)])
+    assert str(tar) in error.value.found
+
+
+def test_a_picture_whose_name_speaks_of_a_tar_is_a_picture(tmp_path: Path) -> None:
+    path = save(tmp_path / "la.tar.pits.png", 0)
+    assert [picture.file for picture in find_pictures([str(path)])] == [path]
+
+
+def test_a_missing_source_is_named(tmp_path: Path) -> None:
+    gallery(tmp_path / "photos", 1)
+    with pytest.raises(DataError, match=r"nowhere does not exist; expected a folder, a picture or a plain \.tar"):
+        find_pictures([str(tmp_path / "photos"), str(tmp_path / "nowhere")])
+
+
+def test_a_missing_tar_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nowhere\.tar"):
+        find_pictures([str(tmp_path / "nowhere.tar")])
+
+
+def test_no_picture_at_all_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.txt").write_text("", encoding="utf-8")
+    with pytest.raises(DataError, match=r"no picture in .*empty; expected --data DIR with pictures"):
+        find_pictures([str(tmp_path / "empty")])
+    with pytest.raises(DataError, match="no picture in no source"):
+        find_pictures([])
+
+
+def test_held_and_streamed_pictures_are_the_same(tmp_path: Path) -> None:
+    for number, size in enumerate([(40, 90), (200, 100), (64, 64), (10, 10), (131, 65)]):
+        draw("plaid", number, max(size)).resize(size).save(tmp_path / f"{number}.png")
+    held, streamed = load_corpus(config(tmp_path)), load_corpus(config(tmp_path, held=False))
+    assert held.held is not None
+    assert streamed.held is None
+    assert pixels(held) == pixels(streamed)
+    assert held.fingerprint == streamed.fingerprint
+    sizes = [held.get(index)[0].size for index in range(5)]
+    assert sizes == [(40, 90), (128, 64), (64, 64), (10, 10), (129, 64)]
+
+
+def test_a_corpus_that_decodes_larger_than_the_budget_is_streamed(tmp_path: Path) -> None:
+    for number in range(3):
+        Image.new("RGB", (512, 512), (number, 0, 0)).save(tmp_path / f"{number}.png")  # 2 KB each, 768 KiB decoded
+    one_mib = DataConfig(sources=(str(tmp_path),), memory_mib=1, short_side_px=512, workers=0)
+    corpus = load_corpus(one_mib)
+    assert corpus.held is None
+    assert [corpus.get(index)[0].getpixel((0, 0)) for index in range(3)] == [(0, 0, 0), (1, 0, 0), (2, 0, 0)]
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [((100, 50), (60, 30)), ((30, 31), (30, 31)), ((31, 3000), (30, 2903)), ((5, 9), (5, 9))]
+)
+def test_the_short_side_is_reduced_and_never_enlarged(
+    tmp_path: Path, size: tuple[int, int], expected: tuple[int, int]
+) -> None:
+    Image.new("RGB", size).save(tmp_path / "a.png")
+    assert find_pictures([str(tmp_path)])[0].decode(30).size == expected
+
+
+def test_a_tar_and_its_folder_give_the_same_pictures(tmp_path: Path) -> None:
+    paths = gallery(tmp_path / "photos", 5)
+    tar = pack(tmp_path / "set.tar", {path.name: path for path in paths})
+    from_tar = load_corpus(config(tar, held=False))
+    shutil.move(tar, tmp_path / "elsewhere.tar")
+    assert pixels(load_corpus(config(tmp_path / "photos"))) == pixels(load_corpus(config(tmp_path / "elsewhere.tar")))
+    with pytest.raises(DataError):
+        from_tar.get(0)
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_the_same_corpus_has_one_fingerprint_and_another_has_another(tmp_path: Path, held: bool) -> None:
+    gallery(tmp_path, 4)
+    first = load_corpus(config(tmp_path, held=held)).fingerprint
+    assert load_corpus(config(tmp_path, held=held)).fingerprint == first
+    save(tmp_path / "0004.png", 4)
+    more = load_corpus(config(tmp_path, held=held)).fingerprint
+    (tmp_path / "0004.png").rename(tmp_path / "0005.png")
+    renamed = load_corpus(config(tmp_path, held=held)).fingerprint
+    noise(5, 48).save(tmp_path / "0005.png")
+    resized = load_corpus(config(tmp_path, held=held)).fingerprint
+    assert len({first, more, renamed, resized}) == 4
+
+
+def test_held_corpus_skips_bad_pictures_and_names_each_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    paths = gallery(tmp_path, 10)
+    break_file(paths[2])
+    paths[7].write_bytes(b"")
+    with caplog.at_level(logging.WARNING):
+        corpus = load_corpus(config(tmp_path, max_bad_share=0.2))
+    assert len(corpus) == 8
+    assert [picture.file for picture in corpus.pictures] == [path for path in paths if path not in (paths[2], paths[7])]
+    assert pixels(corpus) == [noise(number).tobytes() for number in (0, 1, 3, 4, 5, 6, 8, 9)]
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 2
+    assert all(message.startswith("skipped ") for message in messages)
+    assert all(sum(str(path) in message for message in messages) == 1 for path in (paths[2], paths[7]))
+
+
+def test_streamed_corpus_takes_the_next_good_picture_and_names_bad_ones_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    paths = gallery(tmp_path, 30)
+    for number in (3, 4, 29):
+        break_file(paths[number])
+    corpus = load_corpus(config(tmp_path, held=False, max_bad_share=0.1))
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            for index, instead in ((3, 5), (4, 5), (29, 0), (6, 6)):
+                picture, bad = corpus.get(index)
+                assert picture.tobytes() == noise(instead).tobytes()
+                corpus.report_bad(bad)
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == len(set(messages)) == 3
+    assert {path.name for path in paths if any(str(path) in message for message in messages)} == {
+        "0003.png",
+        "0004.png",
+        "0029.png",
+    }
+
+
+def test_too_many_bad_pictures_are_refused_when_held(tmp_path: Path) -> None:
+    paths = gallery(tmp_path, 10)
+    for path in paths[:3]:
+        break_file(path)
+    assert len(load_corpus(config(tmp_path, max_bad_share=0.3))) == 7
+    with pytest.raises(DataError) as error:
+        load_corpus(config(tmp_path, max_bad_share=0.29))
+    assert "3 of 10 pictures cannot be decoded" in error.value.found
+    assert str(tmp_path) in error.value.found
+    assert "at most 29%" in error.value.expected
+
+
+def test_too_many_bad_pictures_are_refused_when_streamed(tmp_path: Path) -> None:
+    paths = gallery(tmp_path, 10)
+    for path in paths[:3]:
+        break_file(path)
+    for share, refused in ((0.3, False), (0.29, True)):
+        corpus = load_corpus(config(tmp_path, held=False, max_bad_share=share))
+        bad = [name for index in range(10) for name in corpus.get(index)[1]]
+        if refused:
+            with pytest.raises(DataError, match="3 of 10 pictures cannot be decoded"):
+                corpus.report_bad(bad)
+        else:
+            corpus.report_bad(bad)
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_a_corpus_of_bad_pictures_only_is_refused(tmp_path: Path, held: bool) -> None:
+    for path in gallery(tmp_path, 3):
+        break_file(path)
+
+    def first() -> Image.Image:
+        return load_corpus(config(tmp_path, held=held, max_bad_share=0.99)).get(0)[0]
+
+    with pytest.raises(DataError, match="none of 3 pictures can be decoded"):
+        first()
+
+
+def test_a_picture_that_vanishes_while_training_is_a_bad_one(tmp_path: Path) -> None:
+    paths = gallery(tmp_path, 30)
+    corpus = load_corpus(config(tmp_path, held=False))
+    paths[4].unlink()
+    picture, bad = corpus.get(4)
+    assert picture.tobytes() == noise(5).tobytes()
+    assert len(bad) == 1
+    assert str(paths[4]) in bad[0]
+
+
+def test_a_tar_that_is_cut_short_after_listing_gives_bad_pictures(tmp_path: Path) -> None:
+    paths = gallery(tmp_path / "photos", 2)
+    tar = pack(tmp_path / "set.tar", {path.name: path for path in paths})
+    listed = find_pictures([str(tar)])
+    tar.write_bytes(tar.read_bytes()[: listed[1].offset + 10])
+    assert listed[0].decode(64).tobytes() == noise(0).tobytes()
+    with pytest.raises(ImageError):
+        listed[1].decode(64)
+
+
+def test_a_picture_larger_than_the_limit_is_refused_without_reading_it_all(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.png", 0)
+    huge = Picture(path, 0, 2**40, "a.png", None)
+    assert huge.read() == path.read_bytes()
+    with path.open("r+b") as file:
+        file.truncate(200 * 2**20)
+    assert len(huge.read()) == 128 * 2**20 + 1
+    with pytest.raises(ImageError) as error:
+        huge.decode(64)
+    assert error.value.problem == "too_large"
+
+
+def test_turned_and_transparent_pictures_come_upright_and_opaque(tmp_path: Path) -> None:
+    picture = noise(0).resize((48, 32))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = io.BytesIO()
+    picture.save(content, "JPEG", exif=exif, quality=95)
+    (tmp_path / "turned.jpg").write_bytes(content.getvalue())
+    Image.new("RGBA", (20, 20), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    corpus = load_corpus(config(tmp_path))
+    assert [corpus.get(index)[0].size for index in range(2)] == [(20, 20), (32, 48)]
+    assert all(corpus.get(index)[0].mode == "RGB" for index in range(2))
+
+
+ALL_BAD = """
+import sys
+from mimco_deploy.errors import DataError
+from mimco_deploy.training.config import DataConfig, RunConfig
+from mimco_deploy.training.data import StepSampler, load_batches, load_corpus
+corpus = load_corpus(DataConfig(sources=(sys.argv[1],), memory_mib=0, max_bad_share=0.99))
+sampler = StepSampler(len(corpus), RunConfig(epochs=1, global_batch_size=2))
+try:
+    next(load_batches(corpus, lambda picture: (), sampler, 0, 1))
+except DataError as error:
+    print(error)
+"""
+
+
+def test_bad_pictures_in_a_data_loading_process_end_the_run_with_one_line(tmp_path: Path) -> None:
+    for path in gallery(tmp_path, 4):
+        break_file(path)
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", ALL_BAD, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert run.stdout == "none of 4 pictures can be decoded; expected pictures\n"
+
+
+def test_pixels_are_held_as_bytes_and_their_own(tmp_path: Path) -> None:
+    gallery(tmp_path, 2)
+    corpus = load_corpus(config(tmp_path))
+    assert corpus.held is not None
+    before = corpus.held[0].copy()
+    picture, _ = corpus.get(0)
+    picture.paste((255, 0, 0), (0, 0, 32, 32))
+    assert corpus.held[0].dtype == np.uint8
+    assert np.array_equal(corpus.held[0], before)
