@@ -35,9 +35,10 @@ from mimco_deploy.preprocess import preprocess
 from mimco_deploy.serving.encoders import load_encoder
 from mimco_deploy.training.backbone import CROP_SHARE, Backbone
 from mimco_deploy.training.checkpoint import read_checkpoint
-from mimco_deploy.training.config import PRESETS, Recipe, apply_settings
-from mimco_deploy.training.data import Picture, find_pictures
+from mimco_deploy.training.corpus import Picture, find_pictures
 from mimco_deploy.training.loop import StepReport
+from mimco_deploy.training.presets import PRESETS, Recipe
+from mimco_deploy.training.settings import apply_settings
 from mimco_deploy.training.stages import train_stage1, train_stage2
 
 Pixels = npt.NDArray[np.uint8]

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from mimco_deploy.atomic import recover, staged_dir
 from mimco_deploy.errors import CheckpointError
 from mimco_deploy.training.backbone import Backbone, save_as_timm
-from mimco_deploy.training.config import Stage1Config, Stage2Config, from_document, to_document
+from mimco_deploy.training.config import Stage1Config, Stage2Config
+from mimco_deploy.training.settings import from_document, to_document
 
 FORMAT_VERSION = 1
 STAGES: dict[str, type[Stage1Config] | type[Stage2Config]] = {"stage1": Stage1Config, "stage2": Stage2Config}

@@ -1,22 +1,16 @@
-"""What a run is made of: frozen dataclasses, and presets as functions.
+"""What a run is made of: frozen dataclasses.
 
-A preset returns a `Recipe`: the settings of both stages for one backbone. Variants by `dataclasses.replace` or, from
-the command line, by `--set section.field=value`. Where a paper's value is unknown, the field says "our choice" and why.
+`presets.py` has values for whole runs; variants by `dataclasses.replace` or, from the command line, by
+`--set section.field=value` (`settings.py`). Where a paper's value is unknown, the field says "our choice" and why.
 Standard library only.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import typing
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, cast
+from typing import Literal
 
 from mimco_deploy.errors import ConfigError
-
-ConfigT = TypeVar("ConfigT")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,156 +224,6 @@ class Stage2Config:
     """Checkpoint folder of the teacher; empty takes the workspace's stage 1."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """Both stages for one backbone."""
-
-    stage1: Stage1Config
-    stage2: Stage2Config
-
-
 def _require(holds: bool, key: str, value: object, expected: str) -> None:
     if not holds:
         raise ConfigError(f"{key} {value}", expected=expected)
-
-
-def vit_tiny_debug() -> Recipe:
-    """A ViT of 1.2 M parameters at 32 px: minutes on two CPU cores. For demos and tests, not for quality."""
-    backbone = BackboneConfig(
-        name="vit_tiny_patch16_224", image_size_px=32, patch_size_px=8, embed_dim=128, depth=6, num_heads=4
-    )
-    run = RunConfig(epochs=20, global_batch_size=256, checkpoint_every_steps=100)
-    data = DataConfig(short_side_px=128)
-    return Recipe(
-        stage1=Stage1Config(
-            backbone=backbone,
-            run=run,
-            data=data,
-            optim=OptimConfig(base_lr=1e-3, weight_decay=0.1, decay_everything=True, warmup_epochs=1, clip_norm=1.0),
-            views=ViewsConfig(min_crop_scale=0.2),
-            method=MoCoV3Config(hidden_dim=512, projection_dim=128),
-        ),
-        stage2=Stage2Config(
-            backbone=backbone,
-            run=run,
-            data=data,
-            optim=OptimConfig(base_lr=1e-3, weight_decay=0.05, decay_everything=False, warmup_epochs=1, clip_norm=5.0),
-            mask=MaskConfig(mask_patch_size_px=8),
-            method=MimCoConfig(hidden_dim=512, init_from_teacher=True),
-        ),
-    )
-
-
-def vit_small() -> Recipe:
-    """The paper's backbone: ViT-S/16 with 12 heads at 224 px, MoCo v3's 300 epochs and SimMIM's 100."""
-    backbone = BackboneConfig(
-        name="vit_small_patch16_224", image_size_px=224, patch_size_px=16, embed_dim=384, depth=12, num_heads=12
-    )
-    return Recipe(
-        stage1=Stage1Config(
-            backbone=backbone,
-            run=RunConfig(epochs=300, global_batch_size=1024),
-            optim=OptimConfig(base_lr=1.5e-4, weight_decay=0.1, decay_everything=True, warmup_epochs=40),
-            data=DataConfig(workers=8),
-        ),
-        stage2=Stage2Config(
-            backbone=backbone,
-            run=RunConfig(epochs=100, global_batch_size=2048, accumulate=1),
-            optim=OptimConfig(
-                base_lr=1e-4,
-                weight_decay=0.05,
-                decay_everything=False,
-                warmup_epochs=10,
-                warmup_lr=5e-7,
-                min_lr=5e-6,
-                clip_norm=5.0,
-            ),
-            data=DataConfig(workers=8),
-        ),
-    )
-
-
-PRESETS: dict[str, Callable[[], Recipe]] = {"vit_small": vit_small, "vit_tiny_debug": vit_tiny_debug}
-
-
-def apply_settings(config: ConfigT, settings: Iterable[str]) -> ConfigT:
-    """Replace fields by `section.field=value` settings, each value read as the field's own type.
-
-    Raises:
-        ConfigError: an unknown key, answered with the nearest one, or a value of another type.
-    """
-    for setting in settings:
-        key, separator, text = setting.partition("=")
-        if not separator:
-            raise ConfigError(f"--set {setting}", expected="--set section.field=value")
-        config = _replace(config, key, key.split("."), text)
-    return config
-
-
-def to_document(config: Any) -> dict[str, Any]:
-    """A config as plain JSON types."""
-    return dataclasses.asdict(config)
-
-
-def from_document(kind: type[ConfigT], document: dict[str, Any]) -> ConfigT:
-    """The inverse of `to_document`.
-
-    Raises:
-        ConfigError: a key is missing or unknown.
-    """
-    hints = typing.get_type_hints(kind)
-    if set(document) != set(hints):
-        raise ConfigError(f"{kind.__name__} with {sorted(document)}", expected=f"exactly {sorted(hints)}")
-    values = {
-        name: from_document(cast(Any, hint), document[name])
-        if dataclasses.is_dataclass(hint)
-        else _as_tuple(document[name])
-        for name, hint in hints.items()
-    }
-    return kind(**values)
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _replace(config: Any, whole_key: str, path: list[str], text: str) -> Any:
-    hints = typing.get_type_hints(type(config))
-    name, *rest = path
-    if name not in hints or bool(rest) != dataclasses.is_dataclass(hints[name]):
-        prefix = whole_key.removesuffix(".".join(path))
-        near = difflib.get_close_matches(whole_key, list(_keys(type(config), prefix)), n=1, cutoff=0.0)
-        raise ConfigError(f"no setting {whole_key}", expected=f"one of the run's settings, nearest {near[0]}")
-    value = _replace(getattr(config, name), whole_key, rest, text) if rest else _parse(hints[name], text, whole_key)
-    return dataclasses.replace(config, **{name: value})
-
-
-def _keys(kind: Any, prefix: str = "") -> Iterable[str]:
-    for name, hint in typing.get_type_hints(kind).items():
-        if dataclasses.is_dataclass(hint):
-            yield from _keys(hint, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}"
-
-
-def _parse(hint: Any, text: str, key: str) -> Any:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    try:
-        if origin is tuple:
-            parts = [_parse(arguments[0], part, key) for part in text.split(",") if part]
-            if arguments[-1] is not Ellipsis and len(parts) != len(arguments):
-                raise ValueError
-            return tuple(parts)
-        if origin is Literal:
-            if text not in arguments:
-                raise ValueError
-            return text
-        if hint is bool:
-            return {"true": True, "false": False}[text.lower()]
-        return hint(text)
-    except (ValueError, KeyError) as error:
-        names = " or ".join(map(str, arguments))
-        wanted = {Literal: names, tuple: f"{len(arguments)} values with commas between"}.get(
-            origin, getattr(hint, "__name__", str(hint))
-        )
-        raise ConfigError(f"{key}={text}", expected=f"a value of type {wanted}") from error

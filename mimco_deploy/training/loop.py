@@ -26,7 +26,8 @@ from mimco_deploy.training.augment import to_input
 from mimco_deploy.training.backbone import Backbone
 from mimco_deploy.training.checkpoint import Checkpoint, load_strictly, save_checkpoint, stage_name
 from mimco_deploy.training.config import RunConfig, Stage1Config, Stage2Config
-from mimco_deploy.training.data import Batches, Corpus, MakeViews, StepSampler, load_batches, seed_for
+from mimco_deploy.training.corpus import Corpus
+from mimco_deploy.training.data import Batches, MakeViews, StepSampler, load_batches, seed_for
 from mimco_deploy.training.distributed import any_process, is_main, rank, world_size
 from mimco_deploy.training.monitor import RunLog, check_alive, check_finite
 from mimco_deploy.training.optim import build_optimizer, clip_gradients

@@ -13,7 +13,9 @@ import torch
 from mimco_deploy.atomic import recover
 from mimco_deploy.errors import CheckpointError, ConfigError, WorkspaceError
 from mimco_deploy.training.checkpoint import Checkpoint, read_checkpoint
-from mimco_deploy.training.config import PRESETS, Recipe, Stage1Config, Stage2Config, apply_settings
+from mimco_deploy.training.config import Stage1Config, Stage2Config
+from mimco_deploy.training.presets import PRESETS, Recipe
+from mimco_deploy.training.settings import apply_settings
 
 StageT = TypeVar("StageT", Stage1Config, Stage2Config)
 

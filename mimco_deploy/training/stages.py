@@ -14,7 +14,7 @@ from mimco_deploy.errors import ConfigError
 from mimco_deploy.training.augment import MaskedView, TwoViews
 from mimco_deploy.training.checkpoint import Checkpoint, load_encoder, read_checkpoint
 from mimco_deploy.training.config import Stage1Config, Stage2Config
-from mimco_deploy.training.data import Corpus, load_corpus
+from mimco_deploy.training.corpus import Corpus, load_corpus
 from mimco_deploy.training.distributed import is_main, process_group, world_size
 from mimco_deploy.training.loop import StepReport, fit_batch, train
 from mimco_deploy.training.masking import mask_shape

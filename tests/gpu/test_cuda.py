@@ -14,8 +14,10 @@ from mimco_deploy.drawings import draw_gallery
 from mimco_deploy.export.pipeline import export_encoder
 from mimco_deploy.serving.encoders import load_encoder
 from mimco_deploy.training.checkpoint import read_checkpoint
-from mimco_deploy.training.config import Stage1Config, Stage2Config, apply_settings, vit_tiny_debug
+from mimco_deploy.training.config import Stage1Config, Stage2Config
 from mimco_deploy.training.loop import computes_bf16
+from mimco_deploy.training.presets import vit_tiny_debug
+from mimco_deploy.training.settings import apply_settings
 from mimco_deploy.training.stages import train_stage1, train_stage2
 
 pytestmark = [

@@ -18,7 +18,8 @@ from click.testing import CliRunner
 
 from mimco_deploy.cli import main
 from mimco_deploy.serving.update import update_index
-from mimco_deploy.training.config import PRESETS, Stage1Config, Stage2Config
+from mimco_deploy.training.config import Stage1Config, Stage2Config
+from mimco_deploy.training.presets import PRESETS
 from tests.helpers import CountingEncoder, gallery, save, tiny_bundle
 
 ROOT = Path(__file__).parents[2]

@@ -16,7 +16,7 @@ from mimco_deploy.errors import TrainingError
 from mimco_deploy.training.augment import MaskedView
 from mimco_deploy.training.checkpoint import read_checkpoint
 from mimco_deploy.training.config import MaskConfig
-from mimco_deploy.training.data import load_corpus
+from mimco_deploy.training.corpus import load_corpus
 from mimco_deploy.training.loop import train
 from mimco_deploy.training.monitor import COLLAPSED, RunLog, check_alive, spread
 from mimco_deploy.training.stages import train_stage1

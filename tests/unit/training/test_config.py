@@ -18,21 +18,12 @@ from hypothesis import strategies as st
 import mimco_deploy
 from mimco_deploy.errors import ConfigError
 from mimco_deploy.training.backbone import Backbone
-from mimco_deploy.training.config import (
-    PRESETS,
-    DataConfig,
-    RunConfig,
-    Stage1Config,
-    Stage2Config,
-    apply_settings,
-    from_document,
-    to_document,
-    vit_small,
-    vit_tiny_debug,
-)
+from mimco_deploy.training.config import DataConfig, RunConfig, Stage1Config, Stage2Config
 from mimco_deploy.training.masking import mask_shape
 from mimco_deploy.training.methods.mimco import MimCo
 from mimco_deploy.training.methods.mocov3 import MoCoV3
+from mimco_deploy.training.presets import PRESETS, vit_small, vit_tiny_debug
+from mimco_deploy.training.settings import apply_settings, from_document, to_document
 from tests.unit.training.small import run_config
 
 TINY1, TINY2 = vit_tiny_debug().stage1, vit_tiny_debug().stage2

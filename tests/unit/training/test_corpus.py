@@ -18,7 +18,7 @@ from PIL import Image
 from mimco_deploy.drawings import draw
 from mimco_deploy.errors import DataError, ImageError
 from mimco_deploy.training.config import DataConfig
-from mimco_deploy.training.data import Corpus, Picture, find_pictures, load_corpus
+from mimco_deploy.training.corpus import Corpus, Picture, find_pictures, load_corpus
 from tests.helpers import gallery, noise, save
 
 
@@ -343,7 +343,8 @@ ALL_BAD = """
 import sys
 from mimco_deploy.errors import DataError
 from mimco_deploy.training.config import DataConfig, RunConfig
-from mimco_deploy.training.data import StepSampler, load_batches, load_corpus
+from mimco_deploy.training.data import StepSampler, load_batches
+from mimco_deploy.training.corpus import load_corpus
 corpus = load_corpus(DataConfig(sources=(sys.argv[1],), memory_mib=0, max_bad_share=0.99))
 sampler = StepSampler(len(corpus), RunConfig(epochs=1, global_batch_size=2))
 try:
@@ -357,9 +358,37 @@ def test_bad_pictures_in_a_data_loading_process_end_the_run_with_one_line(tmp_pa
     for path in gallery(tmp_path, 4):
         break_file(path)
     run = subprocess.run(
-        [sys.executable, "-W", "error", "-c", ALL_BAD, str(tmp_path)], capture_output=True, text=True, check=True
+        [sys.executable, "-W", "error", "-c", ALL_BAD, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
     )
     assert run.stdout == "none of 4 pictures can be decoded; expected pictures\n"
+
+
+DEFECT = """
+import sys
+from contextlib import closing
+from mimco_deploy.training.config import DataConfig, RunConfig
+from mimco_deploy.training.corpus import load_corpus
+from mimco_deploy.training.data import StepSampler, load_batches
+corpus = load_corpus(DataConfig(sources=(sys.argv[1],)))
+def fail(picture):
+    raise ValueError("a defect in the views")
+sampler = StepSampler(len(corpus), RunConfig(epochs=1, global_batch_size=2))
+with closing(load_batches(corpus, fail, sampler, 0, 1)) as batches:
+    next(batches)
+"""
+
+
+def test_a_defect_in_a_data_loading_process_ends_the_run_and_does_not_hang_it(tmp_path: Path) -> None:
+    gallery(tmp_path, 4)
+    run = subprocess.run(
+        [sys.executable, "-c", DEFECT, str(tmp_path)], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert run.returncode == 1
+    assert "ValueError: a defect in the views" in run.stderr
 
 
 def test_pixels_are_held_as_bytes_and_their_own(tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ from mimco_deploy.errors import TrainingInterrupted
 from mimco_deploy.training.augment import TwoViews
 from mimco_deploy.training.checkpoint import read_checkpoint
 from mimco_deploy.training.config import Stage2Config
-from mimco_deploy.training.data import StepSampler, load_corpus
+from mimco_deploy.training.corpus import load_corpus
+from mimco_deploy.training.data import StepSampler
 from mimco_deploy.training.distributed import any_process, gather_rows, is_main, process_group, rank, world_size
 from mimco_deploy.training.loop import train
 from mimco_deploy.training.methods.mocov3 import contrastive_loss

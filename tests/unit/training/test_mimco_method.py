@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from mimco_deploy.training.backbone import Backbone
 from mimco_deploy.training.config import BackboneConfig, Dictionary, MaskConfig, MimCoConfig, OptimConfig
 from mimco_deploy.training.masking import draw_mask, mask_shape
 from mimco_deploy.training.methods import mimco
-from mimco_deploy.training.methods.mimco import MimCo, patch_logits
+from mimco_deploy.training.methods.mimco import MimCo, image_loss, patch_logits
 from mimco_deploy.training.optim import build_optimizer
 from tests.unit.training.small import BACKBONE
 
@@ -162,6 +162,43 @@ def test_loss_is_the_weighted_sum_of_its_parts() -> None:
         torch.testing.assert_close(row["loss"].detach(), expected)
         assert not row["patch_loss"].requires_grad
         assert not row["image_loss"].requires_grad
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize("teacher_pooling", ["mean", "cls"])
+def test_the_image_loss_is_of_the_asked_poolings(
+    monkeypatch: pytest.MonkeyPatch, pooling: Literal["mean", "cls"], teacher_pooling: str
+) -> None:
+    asked: list[tuple[Tensor, Tensor, float, int]] = []
+
+    def spy(queries: Tensor, keys: Tensor, temperature: float, first: int) -> Tensor:
+        asked.append((queries, keys, temperature, first))
+        return image_loss(queries, keys, temperature, first)
+
+    monkeypatch.setattr(mimco, "image_loss", spy)
+    method = make_method(pooling=pooling, image_temperature=0.3).eval()
+    method.teacher_pooling = teacher_pooling
+    images, masks = make_batch(4)
+    with torch.no_grad():
+        method(images, masks)
+        ((queries, keys, temperature, first),) = asked
+        pooled = method.encoder(images, masks, method.mask_token).pooled(pooling)
+        torch.testing.assert_close(queries, method.image_head(pooled))
+        torch.testing.assert_close(keys, method.teacher(images).pooled(teacher_pooling))
+        assert (temperature, first) == (0.3, 0)
+
+
+def test_a_process_finds_its_positives_among_the_keys_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second process's keys come after the first's; for which of the two it is, the loss is the same."""
+    images, masks = make_batch(4)
+    others = torch.randn(4, 24)
+
+    def loss(rank: int) -> float:
+        monkeypatch.setattr(mimco, "rank", lambda: rank)
+        monkeypatch.setattr(mimco, "gather_rows", lambda rows: torch.cat([others, rows] if rank else [rows, others]))
+        return float(make_method(("intra",)).train()(images, masks)["image_loss"])
+
+    assert loss(1) == pytest.approx(loss(0), rel=1e-5)
 
 
 def test_each_temperature_is_that_of_its_own_loss() -> None:

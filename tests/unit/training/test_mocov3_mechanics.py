@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mimco_deploy.training.config import MoCoV3Config, OptimConfig
+from mimco_deploy.training.methods import mocov3
 from mimco_deploy.training.methods.mocov3 import MoCoV3
 from mimco_deploy.training.optim import build_optimizer
 from mimco_deploy.training.schedules import momentum_at
@@ -113,6 +114,18 @@ def test_the_loss_is_symmetric_in_the_views() -> None:
     view1, view2 = views(6)
     forth, back = make_method()(view1, view2)["loss"].item(), make_method()(view2, view1)["loss"].item()
     assert forth == pytest.approx(back, rel=1e-6)
+
+
+def test_a_process_finds_its_positives_among_the_keys_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second process's keys come after the first's; for which of the two it is, the loss is the same."""
+    others = torch.randn(4, 8, generator=torch.Generator().manual_seed(3))
+
+    def loss(rank: int) -> float:
+        monkeypatch.setattr(mocov3, "rank", lambda: rank)
+        monkeypatch.setattr(mocov3, "gather_rows", lambda rows: torch.cat([others, rows] if rank else [rows, others]))
+        return float(make_method()(*views(4))["loss"].item())
+
+    assert loss(1) == pytest.approx(loss(0), rel=1e-5)
 
 
 def test_momentum_batch_norms_keep_their_own_statistics() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from mimco_deploy.errors import CheckpointError, ConfigError, TrainingInterrupted
@@ -21,7 +22,7 @@ from mimco_deploy.training import loop
 from mimco_deploy.training.augment import TwoViews
 from mimco_deploy.training.checkpoint import read_checkpoint, save_checkpoint
 from mimco_deploy.training.config import Dictionary, Stage1Config, Stage2Config
-from mimco_deploy.training.data import load_corpus
+from mimco_deploy.training.corpus import load_corpus
 from mimco_deploy.training.loop import StepReport, fit_batch, train
 from mimco_deploy.training.methods import mocov3
 from mimco_deploy.training.schedules import momentum_at
@@ -213,6 +214,57 @@ def assert_moved(folder: Path, start: dict[str, Tensor]) -> None:
     """Far enough for the tolerance of `assert_close_weights` to mean something."""
     now = read_checkpoint(folder / "last").load_model()
     assert max(float((now[name] - start[name]).abs().max()) for name in now) > 1e-3
+
+
+def test_the_gradient_of_a_step_is_the_mean_over_its_micro_batches(
+    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adam hides a factor; so this looks at what it is given."""
+    given: list[Tensor] = []
+    real = torch.optim.AdamW.step
+
+    def spy(optimizer: torch.optim.AdamW, *arguments: Any) -> Any:
+        given.append(torch.cat([p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]))
+        return real(optimizer, *arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    config = stage1_config(photos, epochs=1)
+    unclipped = dataclasses.replace(config, optim=dataclasses.replace(config.optim, clip_norm=0.0))
+    for accumulate in (1, 2, 4):
+        run = dataclasses.replace(unclipped.run, accumulate=accumulate)
+        train_stub(dataclasses.replace(unclipped, run=run), tmp_path / str(accumulate))
+    assert len(given) == 9
+    for first in (given[3], given[6]):
+        torch.testing.assert_close(first, given[0], rtol=1e-4, atol=1e-6)
+
+
+def test_the_models_random_numbers_do_not_depend_on_the_views(tmp_path: Path, photos: Path) -> None:
+    """Whichever process drew them: with data-loading processes this one draws none."""
+
+    class Spy(Stub):
+        drawn: list[float]
+
+        def forward(self, view: Tensor, *views: Tensor) -> dict[str, Tensor]:
+            self.drawn.append(torch.rand(()).item())
+            return super().forward(view, *views)
+
+    def drawn(more: int) -> list[float]:
+        method, config = Spy(), stage1_config(photos, accumulate=2)
+        method.drawn = []
+        two_views = TwoViews(16, config.views)
+
+        def make_views(picture: Image.Image) -> tuple[Tensor, ...]:
+            views = two_views(picture)
+            torch.rand(more)
+            return views
+
+        (tmp_path / str(more)).mkdir()
+        train(method, config, load_corpus(config.data), make_views, tmp_path / str(more))
+        return method.drawn
+
+    first = drawn(0)
+    assert len(set(first)) == 2 * STEPS
+    assert drawn(5) == first
 
 
 def test_accumulation_is_the_same_as_one_large_batch_for_the_patch_loss(

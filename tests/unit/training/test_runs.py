@@ -13,7 +13,7 @@ import torch
 
 from mimco_deploy.errors import CheckpointError, ConfigError, DataError, MimcoError, TrainingInterrupted, WorkspaceError
 from mimco_deploy.training.checkpoint import read_checkpoint
-from mimco_deploy.training.config import vit_small, vit_tiny_debug
+from mimco_deploy.training.presets import vit_small, vit_tiny_debug
 from mimco_deploy.training.runs import Request, open_stage1, open_stage2
 from mimco_deploy.training.stages import train_stage1, train_stage2
 from tests.unit.training.small import STEPS, draw_photos, stage1_config, stage2_config, stop_at

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from mimco_deploy.training import data
 from mimco_deploy.training.augment import TwoViews
 from mimco_deploy.training.config import DataConfig, ViewsConfig
-from mimco_deploy.training.data import StepSampler, load_batches, load_corpus, seed_for
+from mimco_deploy.training.corpus import load_corpus
+from mimco_deploy.training.data import StepSampler, load_batches, seed_for
 from tests.helpers import gallery
 from tests.unit.training.small import run_config
 

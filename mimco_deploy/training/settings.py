@@ -1,0 +1,96 @@
+"""Settings as text and as JSON: `--set section.field=value`, and the `config.json` of a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Iterable
+from typing import Any, Literal, TypeVar, cast
+
+from mimco_deploy.errors import ConfigError
+
+ConfigT = TypeVar("ConfigT")
+
+
+def apply_settings(config: ConfigT, settings: Iterable[str]) -> ConfigT:
+    """Replace fields by `section.field=value` settings, each value read as the field's own type.
+
+    Raises:
+        ConfigError: an unknown key, answered with the nearest one, or a value of another type.
+    """
+    for setting in settings:
+        key, separator, text = setting.partition("=")
+        if not separator:
+            raise ConfigError(f"--set {setting}", expected="--set section.field=value")
+        config = _replace(config, key, key.split("."), text)
+    return config
+
+
+def to_document(config: Any) -> dict[str, Any]:
+    """A config as plain JSON types."""
+    return dataclasses.asdict(config)
+
+
+def from_document(kind: type[ConfigT], document: dict[str, Any]) -> ConfigT:
+    """The inverse of `to_document`.
+
+    Raises:
+        ConfigError: a key is missing or unknown.
+    """
+    hints = typing.get_type_hints(kind)
+    if set(document) != set(hints):
+        raise ConfigError(f"{kind.__name__} with {sorted(document)}", expected=f"exactly {sorted(hints)}")
+    values = {
+        name: from_document(cast(Any, hint), document[name])
+        if dataclasses.is_dataclass(hint)
+        else _as_tuple(document[name])
+        for name, hint in hints.items()
+    }
+    return kind(**values)
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _replace(config: Any, whole_key: str, path: list[str], text: str) -> Any:
+    hints = typing.get_type_hints(type(config))
+    name, *rest = path
+    if name not in hints or bool(rest) != dataclasses.is_dataclass(hints[name]):
+        prefix = whole_key.removesuffix(".".join(path))
+        near = difflib.get_close_matches(whole_key, list(_keys(type(config), prefix)), n=1, cutoff=0.0)
+        raise ConfigError(f"no setting {whole_key}", expected=f"one of the run's settings, nearest {near[0]}")
+    value = _replace(getattr(config, name), whole_key, rest, text) if rest else _parse(hints[name], text, whole_key)
+    return dataclasses.replace(config, **{name: value})
+
+
+def _keys(kind: Any, prefix: str = "") -> Iterable[str]:
+    for name, hint in typing.get_type_hints(kind).items():
+        if dataclasses.is_dataclass(hint):
+            yield from _keys(hint, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def _parse(hint: Any, text: str, key: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    try:
+        if origin is tuple:
+            parts = [_parse(arguments[0], part, key) for part in text.split(",") if part]
+            if arguments[-1] is not Ellipsis and len(parts) != len(arguments):
+                raise ValueError
+            return tuple(parts)
+        if origin is Literal:
+            if text not in arguments:
+                raise ValueError
+            return text
+        if hint is bool:
+            return {"true": True, "false": False}[text.lower()]
+        return hint(text)
+    except (ValueError, KeyError) as error:
+        names = " or ".join(map(str, arguments))
+        wanted = {Literal: names, tuple: f"{len(arguments)} values with commas between"}.get(
+            origin, getattr(hint, "__name__", str(hint))
+        )
+        raise ConfigError(f"{key}={text}", expected=f"a value of type {wanted}") from error
