@@ -6,9 +6,10 @@ BIN    := $(VENV)/bin
 RUNTIME := $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 STAMP  := $(VENV)/.installed-$(RUNTIME)
 IMAGES ?=
+GOLDEN ?= tests/golden
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types contracts check bench docs
+.PHONY: help setup demo test lint types contracts check bench docs golden
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,8 +41,13 @@ contracts: $(STAMP) ## who may import whom
 
 check: lint types contracts test ## all of it, as CI does
 
-bench: $(STAMP) ## does it learn: k-NN of both stages, random weights and pixels (TRAIN="tars or folders" VAL=… OUT=dir)
-	$(BIN)/python benchmarks/learn_small.py --train $(TRAIN) --val $(VAL) --out "$(OUT)"
+bench: $(STAMP) ## does it learn: k-NN of both stages, random weights and pixels (TRAIN=… VAL=… OUT=dir)
+	@test -n "$(TRAIN)" -a -n "$(VAL)" -a -n "$(OUT)" \
+	  || { echo 'make bench TRAIN="folders or tars of <class>/<picture>" VAL="the same" OUT=dir [ARGS=…]' >&2; exit 2; }
+	$(BIN)/python benchmarks/learn_small.py --train $(TRAIN) --val $(VAL) --out "$(OUT)" $(ARGS)
+
+golden: $(STAMP) ## the tests against the authors' numbers; GOLDEN=dir takes other seeds
+	$(BIN)/python -m pytest -m golden --golden="$(GOLDEN)"
 
 docs: $(STAMP) ## docs/cli.md, made from --help
 	$(BIN)/python docs/make_cli.py

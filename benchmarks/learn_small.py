@@ -157,8 +157,8 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=20)
     parser.add_argument("--preset", choices=sorted(PRESETS), default="vit_tiny_debug")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--set1", action="append", default=["run.epochs=18"], help="setting of stage 1")
-    parser.add_argument("--set2", action="append", default=["run.epochs=15"], help="setting of stage 2")
+    parser.add_argument("--set1", action="append", default=[], help="setting of stage 1, such as run.epochs=12")
+    parser.add_argument("--set2", action="append", default=[], help="setting of stage 2")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
 

@@ -41,7 +41,18 @@ def main() -> None:
     gallery, query, count = use_folder(images) if images else draw_pictures()
 
     batch = min(64, 1 << (count.bit_length() - 1))
-    mimco("train", "stage1", "--data", gallery, "--batch-size", batch, "--epochs", epochs(VIEWS_STAGE1, count))
+    mimco(
+        "train",
+        "stage1",
+        "--data",
+        gallery,
+        "--preset",
+        "vit_tiny_debug",
+        "--batch-size",
+        batch,
+        "--epochs",
+        epochs(VIEWS_STAGE1, count),
+    )
     mimco("train", "stage2", "--batch-size", batch, "--epochs", epochs(VIEWS_STAGE2, count))
     mimco("export", "--format", "onnx")
     mimco("index", gallery)

@@ -46,8 +46,8 @@ def write_bytes(path: Path, content: bytes) -> None:
 def staged_dir(target: Path) -> Iterator[Path]:
     """Yield an empty folder that takes the place of `target` when the block ends without an error.
 
-    A folder cannot be renamed over another, so the old one steps aside first, under the name `<target>.old`; `recover`
-    brings it back where a crash fell between the two renames. One writer at a time.
+    A folder cannot be renamed over another, so the old one steps aside first, under the name `<target>.old`; readers
+    find it there by `current_dir` where a crash fell between the two renames. One writer at a time.
 
     Args:
         target: the folder to create or replace.
@@ -77,8 +77,16 @@ def staged_dir(target: Path) -> Iterator[Path]:
     shutil.rmtree(aside, ignore_errors=True)
 
 
+def current_dir(target: Path) -> Path:
+    """Where to read what `staged_dir` writes: `target`, or what stepped aside for it when a crash came between.
+
+    Readers rename nothing: a writer may be between its two renames at this moment.
+    """
+    return _aside(target) if not target.exists() and _aside(target).exists() else target
+
+
 def recover(target: Path) -> None:
-    """Undo a replacement of `target` that a crash interrupted. Call before reading or replacing it."""
+    """Undo a replacement of `target` that a crash interrupted. For the one writer, before it replaces it."""
     aside = _aside(target)
     if not aside.exists():
         return

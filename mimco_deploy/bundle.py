@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mimco_deploy.atomic import recover
+from mimco_deploy.atomic import current_dir
 from mimco_deploy.errors import BundleError
 
 FORMAT_VERSION = 1
@@ -102,7 +102,7 @@ def read_bundle(path: Path) -> Bundle:
     Raises:
         BundleError: the folder is missing, of another format, incomplete, or a file has another hash than stated.
     """
-    recover(path)
+    path = current_dir(path)
     contract = path / SPEC_FILE
     if not contract.is_file():
         raise BundleError(f"no encoder in {path}", expected=SPEC_FILE, command="mimco export --format onnx")

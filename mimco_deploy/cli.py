@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from mimco_deploy import __version__
+from mimco_deploy.atomic import current_dir
 from mimco_deploy.errors import MimcoError, MissingExtraError, WorkspaceError
 from mimco_deploy.workspace import Workspace, find_workspace
 
@@ -73,7 +74,7 @@ def main(ctx: click.Context, workspace: Path | None, verbose: bool) -> None:
     """
     from mimco_deploy.terminal import set_up_logging
 
-    set_up_logging(verbose)
+    set_up_logging(verbose, silent=not IS_MAIN_PROCESS)
     ctx.obj = find_workspace(workspace)
 
 
@@ -145,7 +146,7 @@ def stage2(workspace: Workspace, /, as_json: bool, **options: Any) -> None:
 def _training_bar(title: str) -> Iterator[Callable[[StepReport], None]]:
     from mimco_deploy.terminal import training_bar
 
-    with training_bar(title) as show:
+    with training_bar(title, silent=not IS_MAIN_PROCESS) as show:
         yield show
 
 
@@ -173,7 +174,7 @@ def export(
     workspace: Workspace, target: str, checkpoint: Path | None, output: Path | None, licence: str, as_json: bool
 ) -> None:
     """Export the student as an encoder bundle, and prove that it answers as torch does."""
-    source = checkpoint or workspace.stage2 / "last"
+    source = checkpoint or current_dir(workspace.stage2 / "last")
     if checkpoint is None and not source.is_dir():
         raise WorkspaceError(f"no trained student in {source}", expected="a checkpoint", command="mimco train stage2")
     with _extra("train"):
@@ -182,7 +183,9 @@ def export(
         from mimco_deploy.export.pipeline import export_encoder
 
     folder = output or workspace.encoder
-    report = export_encoder(read_checkpoint(source), folder, licence)
+    trained = read_checkpoint(source)
+    trained.warn_if_unfinished()
+    report = export_encoder(trained, folder, licence)
     if as_json:
         _print_json({"bundle": folder, "format": target, "parity": {**asdict(report), "passed": report.passed}})
         return

@@ -17,20 +17,21 @@ if TYPE_CHECKING:
 talk = Console(stderr=True, highlight=False)
 
 
-def set_up_logging(verbose: bool) -> None:
-    """Send warnings to stderr without disturbing a bar; with `verbose`, all that the package says."""
+def set_up_logging(verbose: bool, silent: bool = False) -> None:
+    """Send warnings to stderr without disturbing a bar; with `verbose`, all that the package says; `silent`, errors."""
     handler: logging.Handler = logging.StreamHandler()
     if talk.is_terminal:  # without one, rich would fold lines at 80 columns
         handler = RichHandler(console=talk, show_time=False, show_path=False, show_level=False, markup=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     logging.getLogger("timm").setLevel(logging.ERROR)  # speaks of schedules of a few steps
-    logging.getLogger("mimco_deploy").setLevel(logging.INFO if verbose else logging.WARNING)
+    level = logging.ERROR if silent else logging.INFO if verbose else logging.WARNING
+    logging.getLogger("mimco_deploy").setLevel(level)
 
 
 @contextlib.contextmanager
-def training_bar(title: str) -> Iterator[Callable[[StepReport], None]]:
+def training_bar(title: str, silent: bool) -> Iterator[Callable[[StepReport], None]]:
     """A bar with loss parts, images/s, share of waiting and time left; without a terminal, a line now and then."""
-    with _bar(TextColumn("{task.fields[note]}")) as progress:
+    with _bar(TextColumn("{task.fields[note]}"), silent=silent) as progress:
         task = progress.add_task(title, total=None, note="")
 
         def show(report: StepReport) -> None:
@@ -52,7 +53,7 @@ def counting_bar(title: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
-def _bar(*more: TextColumn) -> Progress:
+def _bar(*more: TextColumn, silent: bool = False) -> Progress:
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -61,4 +62,4 @@ def _bar(*more: TextColumn) -> Progress:
         TimeRemainingColumn(),
         *more,
     )
-    return Progress(*columns, console=talk, disable=not talk.is_terminal)
+    return Progress(*columns, console=talk, disable=silent or not talk.is_terminal)

@@ -65,8 +65,8 @@ class Backbone(nn.Module):
             raise ConfigError(
                 f"backbone {config.name}: {error}", expected="a timm ViT, such as vit_small_patch16_224"
             ) from error
-        if not isinstance(body, VisionTransformer) or body.num_prefix_tokens != 1:
-            raise ConfigError(f"backbone {config.name}", expected="a timm ViT with one CLS token")
+        if not isinstance(body, VisionTransformer) or body.num_prefix_tokens != 1 or body.no_embed_class:
+            raise ConfigError(f"backbone {config.name}", expected="a timm ViT with one CLS token that has a position")
         self.config = config
         self.body = body
         _init_as_mocov3(body)
@@ -165,7 +165,8 @@ def _init_as_mocov3(body: VisionTransformer) -> None:
     projection = body.patch_embed.proj
     bound = math.sqrt(6.0 / (math.prod(projection.weight.shape[1:]) + projection.weight.shape[0]))
     nn.init.uniform_(projection.weight, -bound, bound)
-    nn.init.zeros_(projection.bias)
+    if projection.bias is not None:
+        nn.init.zeros_(projection.bias)
     assert body.cls_token is not None, "Backbone takes only transformers with one"
     nn.init.normal_(body.cls_token, std=1e-6)
     positions = sincos_positions(body.embed_dim, body.patch_embed.grid_size[0])

@@ -10,6 +10,7 @@ last/
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mimco_deploy.atomic import recover, staged_dir
+from mimco_deploy.atomic import current_dir, staged_dir
 from mimco_deploy.errors import CheckpointError
 from mimco_deploy.training.backbone import Backbone, save_as_timm
 from mimco_deploy.training.config import Stage1Config, Stage2Config
 from mimco_deploy.training.settings import from_document, to_document
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 STAGES: dict[str, type[Stage1Config] | type[Stage2Config]] = {"stage1": Stage1Config, "stage2": Stage2Config}
@@ -45,6 +48,11 @@ class Checkpoint:
     corpus: str
     """Fingerprint of the corpus."""
     config: Stage1Config | Stage2Config
+
+    def warn_if_unfinished(self) -> None:
+        """Say so where somebody uses a run that was stopped half-way."""
+        if self.step < self.total_steps:
+            logger.warning("%s stopped at step %d of %d; --resume goes on", self.path, self.step, self.total_steps)
 
     def load_model(self) -> dict[str, Tensor]:
         """The method's state.
@@ -101,7 +109,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         CheckpointError: there is none, or it is of another format.
     """
-    recover(folder)
+    folder = current_dir(folder)
     path = folder / "config.json"
     try:
         document = json.loads(path.read_text(encoding="utf-8"))

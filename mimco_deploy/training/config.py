@@ -32,6 +32,13 @@ class BackboneConfig:
     drop_path: float = 0.0
     """Rate of stochastic depth at the last block, rising linearly from 0 at the first."""
 
+    def __post_init__(self) -> None:
+        """Raises ConfigError for values that cannot be meant."""
+        for name in ("image_size_px", "patch_size_px", "embed_dim", "depth", "num_heads"):
+            _require(getattr(self, name) >= 1, f"backbone.{name}", getattr(self, name), "at least 1")
+        _require(self.embed_dim % self.num_heads == 0, "backbone.embed_dim", self.embed_dim, "a multiple of num_heads")
+        _require(0.0 <= self.drop_path < 1.0, "backbone.drop_path", self.drop_path, "a rate from 0 to below 1")
+
     @property
     def grid(self) -> int:
         """Patches along one side."""
@@ -83,6 +90,12 @@ class OptimConfig:
     """Where the cosine ends, per 256 images."""
     clip_norm: float = 0.0
     """Largest global norm of the gradient; 0 does not clip."""
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for values that cannot be meant."""
+        for name in ("base_lr", "weight_decay", "warmup_epochs", "warmup_lr", "min_lr", "clip_norm"):
+            _require(getattr(self, name) >= 0.0, f"optim.{name}", getattr(self, name), "0 or more")
+        _require(all(0.0 <= beta < 1.0 for beta in self.betas), "optim.betas", self.betas, "two values in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +155,9 @@ class MoCoV3Config:
     def __post_init__(self) -> None:
         """Raises ConfigError for values that cannot be meant."""
         _require(self.temperature > 0.0, "method.temperature", self.temperature, "above 0")
+        _require(0.0 <= self.momentum <= 1.0, "method.momentum", self.momentum, "a value from 0 to 1")
+        for name in ("hidden_dim", "projection_dim"):
+            _require(getattr(self, name) >= 1, f"method.{name}", getattr(self, name), "at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +188,7 @@ class MimCoConfig:
     Our choice is the first two: a contrastive teacher's tokens are alike within an image, so negatives from it alone
     say little, and the batch's add meaning for no further teacher pass."""
     batch_keys: int = 4096
-    """Most tokens drawn from the batch as negatives. Our choice: bounds the logits at large batches."""
+    """Most tokens drawn from the batch as negatives. Our choice: logits grow with masked tokens times this."""
     queue_size: int = 4096
     """K, tokens in the queue. Our choice; entries never go stale, because the teacher is frozen."""
     patch_temperature: float = 0.2
@@ -194,7 +210,7 @@ class MimCoConfig:
 
     def __post_init__(self) -> None:
         """Raises ConfigError for values that cannot be meant."""
-        for name in ("patch_temperature", "image_temperature", "batch_keys", "queue_size"):
+        for name in ("patch_temperature", "image_temperature", "batch_keys", "queue_size", "hidden_dim"):
             _require(getattr(self, name) > 0, f"method.{name}", getattr(self, name), "above 0")
 
 

@@ -145,9 +145,9 @@ def train(
 def _accumulate_gradients(
     parallel: nn.Module, batches: Batches, corpus: Corpus, run: RunConfig, step: int, meter: _Meter
 ) -> dict[str, Tensor]:
-    """Forward and backward over a step's micro-batches; the metrics of the last one."""
+    """Forward and backward over a step's micro-batches; their mean metrics."""
     device = next(parallel.parameters()).device
-    metrics: dict[str, Tensor] = {}
+    means: dict[str, Tensor] = {}
     for micro in range(run.accumulate):
         with meter.waiting():
             views, bad = next(batches)
@@ -155,16 +155,20 @@ def _accumulate_gradients(
         torch.manual_seed(seed_for(run.seed, _MODEL_STREAM, step, micro, rank()))
         synchronise = micro == run.accumulate - 1
         with _no_sync(parallel, unless=synchronise), _autocast(device, run.precision):
-            metrics = parallel(*(_to_device(view, device) for view in views))
+            metrics: dict[str, Tensor] = parallel(*(_to_device(view, device) for view in views))
             (metrics["loss"] / run.accumulate).backward()  # type: ignore[no-untyped-call]
-    return metrics
+        for name, value in metrics.items():
+            means[name] = means.get(name, 0.0) + value.detach() / run.accumulate
+    return means
 
 
 def computes_bf16(device: torch.device) -> bool:
     """Whether bf16 products run in the device's own units, so that autocast gains time."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return bool(torch.cpu.get_capabilities().get("avx512_bf16") or torch.cpu.get_capabilities().get("amx_bf16"))
+    tell = getattr(torch.cpu, "get_capabilities", dict)  # not in every torch from 2.11 on
+    capabilities: dict[str, bool] = tell()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def _restore(resume: Checkpoint, method: nn.Module, optimizer: torch.optim.Optimizer, corpus: Corpus) -> None:
@@ -231,7 +235,7 @@ def _stop_requests() -> Iterator[threading.Event]:
 
 
 class _Meter:
-    """Collects metrics on the device and reads them back only when a row is due, so that steps do not wait."""
+    """Collects metrics on the device and reads them back only when a row is due: no step waits for the one before."""
 
     def __init__(self, images_per_step: int) -> None:
         self._images = images_per_step

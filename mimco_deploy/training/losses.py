@@ -25,6 +25,11 @@ def info_nce(queries: Tensor, keys: Tensor, temperature: float, first_positive: 
 
     Source: MoCo v3 (arXiv 2104.02057), equation 1, without its factor 2τ.
     """
-    logits = F.normalize(queries, dim=1) @ F.normalize(keys.detach(), dim=1).T / temperature  # [Q, K]
+    cosines = F.normalize(queries, dim=1) @ F.normalize(keys.detach(), dim=1).T  # [Q, K]
     positives = torch.arange(len(queries), device=queries.device) + first_positive
-    return F.cross_entropy(logits.float(), positives)
+    return F.cross_entropy(_scaled(cosines, temperature), positives)
+
+
+def _scaled(cosines: Tensor, temperature: float) -> Tensor:
+    """Divide by τ after leaving bf16, which would round a logit of 5 to steps of 0.03; float64 stays."""
+    return (cosines if cosines.dtype == torch.float64 else cosines.float()) / temperature

@@ -68,7 +68,7 @@ def vit_small() -> Recipe:
         ),
         stage2=Stage2Config(
             backbone=backbone,
-            run=RunConfig(epochs=100, global_batch_size=2048, accumulate=1),
+            run=RunConfig(epochs=100, global_batch_size=2048, accumulate=4),
             optim=OptimConfig(
                 base_lr=1e-4,
                 weight_decay=0.05,

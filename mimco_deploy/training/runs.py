@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
-from mimco_deploy.atomic import recover
+from mimco_deploy.atomic import current_dir
 from mimco_deploy.errors import CheckpointError, ConfigError, WorkspaceError
 from mimco_deploy.training.checkpoint import Checkpoint, read_checkpoint
 from mimco_deploy.training.config import Stage1Config, Stage2Config
@@ -49,6 +48,9 @@ class Request:
 
     def apply(self, config: StageT) -> StageT:
         """The config with every option of the request in it."""
+        if self.epochs is not None:  # a shorter run warms up for the same share of itself
+            warmup = config.optim.warmup_epochs * self.epochs / config.run.epochs
+            config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, warmup_epochs=warmup))
         config = apply_settings(config, self.all_settings())
         if not self.data:
             return config
@@ -88,31 +90,32 @@ def open_stage2(folder: Path, teacher: Path, request: Request) -> tuple[Stage2Co
         assert isinstance(checkpoint.config, Stage2Config)
         return checkpoint.config, checkpoint
     source = (request.teacher or teacher / LAST).resolve()
-    recover(source)
-    if not source.is_dir():
+    if not current_dir(source).is_dir():
         raise WorkspaceError(
             f"no teacher in {source}", expected="a checkpoint", command="mimco train stage1 --data DIR"
         )
-    trained = read_checkpoint(source).config
+    teacher_run = read_checkpoint(source)
+    teacher_run.warn_if_unfinished()
+    trained = teacher_run.config
     recipe = _preset(request.preset or _preset_of(trained.backbone.name))
     config = dataclasses.replace(recipe.stage2, backbone=trained.backbone, data=trained.data, teacher=str(source))
     return request.apply(config), None
 
 
 def _open_folder(folder: Path, stage: str, request: Request) -> Checkpoint | None:
-    recover(folder / LAST)
+    last = current_dir(folder / LAST)
     if request.resume:
         changed = dataclasses.replace(request, resume=False) != Request()
         if changed:
             raise ConfigError("--resume with other options", expected="--resume alone: a run keeps its settings")
-        if not (folder / LAST).exists():
+        if not last.exists():
             command = "mimco train stage1 --data DIR" if stage == "stage1" else "mimco train stage2"
             raise CheckpointError(f"no run in {folder} to resume", command=command)
-        checkpoint = read_checkpoint(folder / LAST)
+        checkpoint = read_checkpoint(last)
         if checkpoint.stage != stage:
             raise CheckpointError(f"{checkpoint.path} is of {checkpoint.stage}", expected=stage)
         return checkpoint
-    if (folder / LAST).exists() and not request.fresh:
+    if last.exists() and not request.fresh:
         raise CheckpointError(f"{folder} already holds a run", expected="--resume to go on or --fresh to start anew")
     return None
 
@@ -124,5 +127,7 @@ def _preset(name: str) -> Recipe:
 
 
 def _preset_of(backbone: str) -> str:
-    names: Iterable[str] = (name for name, make in PRESETS.items() if make().stage1.backbone.name == backbone)
-    return next(iter(names), "vit_small")
+    for name, make in PRESETS.items():
+        if make().stage1.backbone.name == backbone:
+            return name
+    raise ConfigError(f"no preset for the teacher's {backbone}", expected=f"--preset {' or '.join(sorted(PRESETS))}")

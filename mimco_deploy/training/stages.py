@@ -48,11 +48,11 @@ def train_stage1(
     """
     with process_group() as device:
         corpus = load_corpus(config.data)
-        config = _fit(config, corpus)
+        config = _fit(config, corpus, resume)
         torch.manual_seed(config.run.seed)
         method = MoCoV3(config.backbone, config.method).to(device)
         make_views = TwoViews(config.backbone.image_size_px, config.views)
-        _open_folder(folder, resume)
+        _prepare_folder(folder, resume)
         train(method, config, corpus, make_views, folder, resume=resume, on_step=on_step)
 
 
@@ -73,16 +73,16 @@ def train_stage2(
     with process_group() as device:
         teacher, teacher_pooling = load_encoder(read_checkpoint(Path(config.teacher)))
         corpus = load_corpus(config.data)
-        config = _fit(config, corpus)
+        config = _fit(config, corpus, resume)
         torch.manual_seed(config.run.seed)
         masked = mask_shape(config.backbone, config.mask).masked_patches
         method = MimCo(config.backbone, teacher, teacher_pooling, masked, config.method).to(device)
         make_views = MaskedView(config.backbone, config.mask)
-        _open_folder(folder, resume)
+        _prepare_folder(folder, resume)
         train(method, config, corpus, make_views, folder, resume=resume, on_step=on_step)
 
 
-def _open_folder(folder: Path, resume: Checkpoint | None) -> None:
+def _prepare_folder(folder: Path, resume: Checkpoint | None) -> None:
     """Make the run's folder; a run that is there and not resumed is moved aside, once nothing else can be refused."""
     if not is_main():
         return
@@ -91,7 +91,7 @@ def _open_folder(folder: Path, resume: Checkpoint | None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def _fit(config: StageConfig, corpus: Corpus) -> StageConfig:
+def _fit(config: StageConfig, corpus: Corpus, resume: Checkpoint | None) -> StageConfig:
     run = config.run
     check_warmup(config.optim, run.epochs)
     batch = fit_batch(run, len(corpus))
@@ -99,7 +99,7 @@ def _fit(config: StageConfig, corpus: Corpus) -> StageConfig:
         logger.warning("global batch of %d instead of %d: %d pictures", batch, run.global_batch_size, len(corpus))
         config = dataclasses.replace(config, run=dataclasses.replace(run, global_batch_size=batch))
     steps = len(corpus) // batch * run.epochs
-    if steps < FEW_STEPS:
+    if steps < FEW_STEPS and resume is None:
         logger.warning(
             "only %d steps with %d pictures: --epochs or a smaller --batch-size give more", steps, len(corpus)
         )

@@ -17,7 +17,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
     pictures = draw_gallery(home / "images", per_kind=6, size_px=40)
     small = ("--epochs", "2", "--batch-size", "24", "--set", "data.workers=0")
     trained = [
-        mimco(home, "train", "stage1", "--data", "images", *small, "--json"),
+        mimco(home, "train", "stage1", "--data", "images", "--preset", "vit_tiny_debug", *small, "--json"),
         mimco(home, "train", "stage2", *small, "--json"),
         mimco(home, "export", "--format", "onnx", "--licence", "CC0-1.0", "--json"),
         mimco(home, "index", "./images", "--json"),

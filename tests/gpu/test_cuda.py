@@ -15,7 +15,6 @@ from mimco_deploy.export.pipeline import export_encoder
 from mimco_deploy.serving.encoders import load_encoder
 from mimco_deploy.training.checkpoint import read_checkpoint
 from mimco_deploy.training.config import Stage1Config, Stage2Config
-from mimco_deploy.training.loop import computes_bf16
 from mimco_deploy.training.presets import vit_tiny_debug
 from mimco_deploy.training.settings import apply_settings
 from mimco_deploy.training.stages import train_stage1, train_stage2
@@ -40,7 +39,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_losses_stay_finite_to_the_last_step(run: Path) -> None:
-    assert computes_bf16(torch.device("cuda", 0))
     for stage in ("stage1", "stage2"):
         rows = [json.loads(line) for line in (run / stage / "log.jsonl").read_text(encoding="utf-8").splitlines()]
         assert all(math.isfinite(row["loss"]) for row in rows)

@@ -23,6 +23,9 @@ from mimco_deploy.training.heads import image_mlp
 from mimco_deploy.training.losses import info_nce
 from mimco_deploy.training.monitor import spread
 
+_QUEUE_LASTS = 4
+"""Micro-batches that a token stays in the queue, at least."""
+
 
 def patch_logits(
     queries: Tensor, tokens: Tensor, positions: Tensor, *, intra: bool, batch_draw: Tensor | None, queue: Tensor | None
@@ -87,7 +90,7 @@ def image_loss(queries: Tensor, keys: Tensor, temperature: float, first_positive
 
 
 class TokenQueue(nn.Module):
-    """First-in first-out store of L2-normalised teacher tokens; part of the checkpoint.
+    """First-in first-out store of L2-normalised teacher tokens; part of the checkpoint. Starts with random directions.
 
     Args:
         size: K
@@ -96,14 +99,10 @@ class TokenQueue(nn.Module):
 
     def __init__(self, size: int, dim: int) -> None:
         super().__init__()
-        self.register_buffer("rows", torch.zeros(size, dim))
+        self.register_buffer("rows", F.normalize(torch.randn(size, dim), dim=1))
         self.register_buffer("pushed", torch.zeros((), dtype=torch.int64))
         self.rows: Tensor
         self.pushed: Tensor
-
-    def filled(self) -> Tensor:
-        """A copy of the rows that hold a token, [≤ K, P]: a push before the backward pass must not change it."""
-        return self.rows[: min(int(self.pushed), len(self.rows))].clone()
 
     @torch.no_grad()
     def push(self, rows: Tensor) -> None:
@@ -181,7 +180,7 @@ class MimCo(nn.Module):
             positions,
             intra="intra" in self.config.dictionaries,
             batch_draw=self._draw_from_batch(target.patches) if "batch" in self.config.dictionaries else None,
-            queue=self.queue.filled() if self.queue is not None else None,
+            queue=self.queue.rows.clone() if self.queue is not None else None,  # the push below comes before backward
         )
         patch = patch_loss(logits, self.config.patch_temperature)
 
@@ -191,7 +190,8 @@ class MimCo(nn.Module):
 
         if self.queue is not None:
             flat = target.patches.flatten(0, 1)
-            self.queue.push(flat[torch.randperm(len(flat), device=flat.device)[: len(self.queue.rows) // 4]])
+            share = max(1, len(self.queue.rows) // _QUEUE_LASTS)
+            self.queue.push(flat[torch.randperm(len(flat), device=flat.device)[:share]])
         return {
             "loss": self.config.patch_weight * patch + self.config.image_weight * image,
             "patch_loss": patch.detach(),

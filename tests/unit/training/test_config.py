@@ -275,9 +275,16 @@ def test_the_small_preset_is_the_papers() -> None:
         ({"name": "swin_tiny_patch4_window7_224"}, "backbone swin_tiny"),
         ({"patch_size_px": 5}, "image_size_px 32 with patch_size_px 5"),
         ({"embed_dim": 30, "num_heads": 3}, "embed_dim 30"),
-        ({"num_heads": 5}, "backbone vit_tiny"),
+        ({"num_heads": 5}, "multiple of num_heads"),
+        ({"depth": 0}, "backbone.depth 0"),
+        ({"name": "deit3_small_patch16_224"}, "CLS token that has a position"),
     ],
 )
 def test_a_backbone_that_cannot_be_built_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Backbone(dataclasses.replace(TINY1.backbone, **changes))
+
+
+def test_a_backbone_whose_patch_embedding_has_no_bias_is_built() -> None:
+    backbone = Backbone(dataclasses.replace(TINY1.backbone, name="vit_base_patch16_clip_224"))
+    assert backbone.body.patch_embed.proj.bias is None

@@ -271,7 +271,7 @@ def test_queue_keeps_the_newest_rows(size: int, pushes: list[int]) -> None:
         angles = torch.arange(serial + 1, serial + count + 1) * 0.01
         serial += count
         queue.push(torch.stack([angles.cos(), angles.sin()], dim=1) * 5)
-    rows = queue.filled()
+    rows = queue.rows[: int(queue.pushed)]
     assert rows.shape == (min(sum(min(count, size) for count in pushes), size), 2)
     torch.testing.assert_close(rows.norm(dim=1), torch.ones(len(rows)))
     numbers = (torch.atan2(rows[:, 1], rows[:, 0]) / 0.01).round().tolist()
@@ -279,13 +279,10 @@ def test_queue_keeps_the_newest_rows(size: int, pushes: list[int]) -> None:
     assert sorted(numbers) == [float(number) for number in range(serial - len(rows) + 1, serial + 1)]
 
 
-def test_an_empty_queue_holds_nothing() -> None:
-    queue = TokenQueue(4, 3)
-    assert queue.filled().shape == (0, 3)
-    queries, tokens, positions, _, _ = example(2, 2, 4, width=3)
-    logits = patch_logits(queries, tokens, positions, intra=False, batch_draw=None, queue=queue.filled())
-    assert logits.shape == (2, 2, 1)
-    assert patch_loss(logits, 0.2).item() == 0.0
+def test_a_new_queue_holds_random_directions() -> None:
+    rows = TokenQueue(64, 24).rows
+    torch.testing.assert_close(rows.norm(dim=1), torch.ones(64))
+    assert (rows @ rows.T - torch.eye(64)).abs().max() < 0.9
 
 
 def test_a_queue_goes_on_where_its_state_was_saved() -> None:
@@ -297,12 +294,12 @@ def test_a_queue_goes_on_where_its_state_was_saved() -> None:
     for part in (rows[8:10], rows[10:17], rows[17:]):
         queue.push(part)
         restored.push(part)
-        assert torch.equal(queue.filled(), restored.filled())
+        assert torch.equal(queue.rows, restored.rows)
         assert torch.equal(queue.pushed, restored.pushed)
 
 
 def test_a_queue_takes_no_gradient() -> None:
     queue = TokenQueue(4, 3)
     queue.push(torch.randn(3, 3, requires_grad=True))
-    assert not queue.filled().requires_grad
+    assert not queue.rows.requires_grad
     assert not list(queue.parameters())

@@ -58,7 +58,8 @@ def test_a_new_run_has_the_presets_settings_and_the_options(tmp_path: Path, phot
     assert config == dataclasses.replace(
         preset,
         run=dataclasses.replace(preset.run, epochs=5, global_batch_size=12, seed=8),
-        optim=dataclasses.replace(preset.optim, weight_decay=0.3),
+        # 5 epochs of the preset's 20: the warm-up keeps its share
+        optim=dataclasses.replace(preset.optim, weight_decay=0.3, warmup_epochs=preset.optim.warmup_epochs / 4),
         data=dataclasses.replace(preset.data, sources=(str(photos), str(tmp_path / "more"))),
     )
     assert not (tmp_path / "stage1").exists()
@@ -115,7 +116,7 @@ def test_a_run_whose_checkpoint_a_crash_left_between_two_names_is_not_overwritte
     (stage1 / "last").rename(stage1 / "last.old")
     with pytest.raises(CheckpointError, match="already holds a run"):
         open_stage1(stage1, Request(data=(photos,)))
-    assert contents(stage1 / "last") == before
+    assert contents(stage1 / "last.old") == before
 
 
 def test_a_run_whose_checkpoint_a_crash_left_between_two_names_is_resumed(stage1: Path) -> None:
