@@ -278,7 +278,8 @@ def test_accumulation_is_the_same_as_one_large_batch_for_the_patch_loss(
         config = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, drop_path=0.0))
         train_stage2(config, tmp_path / name)
     assert_close_weights(tmp_path / "parts", tmp_path / "whole")
-    assert rows_of(tmp_path / "parts")[0]["patch_loss"] != rows_of(tmp_path / "whole")[0]["patch_loss"]
+    parts, whole = (rows_of(tmp_path / name)[0]["patch_loss"] for name in ("parts", "whole"))
+    assert parts == pytest.approx(whole, rel=1e-5)  # the log has the mean over micro-batches
 
 
 def test_the_log_holds_the_lr_and_the_metrics_of_each_logged_step(tmp_path: Path, photos: Path) -> None:
