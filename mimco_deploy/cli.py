@@ -88,7 +88,7 @@ def _training_options(function: FunctionT) -> FunctionT:
         click.option(
             "--data", multiple=True, type=click.Path(path_type=Path), help="Folder, picture or tar; repeatable."
         ),
-        click.option("--preset", help="vit_small or vit_tiny_debug.  [default: by GPU or CPU; stage 2: the teacher's]"),
+        click.option("--preset", help="Settings for one backbone.  [default: by GPU or CPU; stage 2: the teacher's]"),
         click.option("--epochs", type=click.IntRange(min=1), help="Passes over the pictures."),
         click.option("--batch-size", type=click.IntRange(min=2), help="Pictures in a step, over all processes."),
         click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any setting; repeatable."),
@@ -102,13 +102,15 @@ def _training_options(function: FunctionT) -> FunctionT:
 
 
 @train.command()
+@click.option("--method", type=click.Choice(["mocov3", "moby"]), help="How.  [default: the preset's]")
 @_training_options
 @click.pass_obj
 def stage1(workspace: Workspace, /, as_json: bool, **options: Any) -> None:
-    """Train the teacher: MoCo v3 on unlabelled pictures.
+    """Train the teacher on unlabelled pictures: MoCo v3 for ViT, MoBY for Swin.
 
     \b
     mimco train stage1 --data ./photos
+    mimco train stage1 --data ./photos --preset swin_tiny
     mimco train stage1 --data a.tar --data b.tar --epochs 50 --set optim.weight_decay=0.05
     torchrun --nproc-per-node 8 --no-python mimco train stage1 --data ./photos --preset vit_small
     """
@@ -123,14 +125,29 @@ def stage1(workspace: Workspace, /, as_json: bool, **options: Any) -> None:
 
 
 @train.command()
-@click.option("--teacher", type=Folder, help="Checkpoint of the teacher.  [default: the workspace's stage 1]")
+@click.option(
+    "--method",
+    type=click.Choice(["mimco", "fd", "simmim", "mae", "joint"]),
+    help="MimCo, or one of the controls.  [default: mimco]",
+)
+@click.option(
+    "--teacher",
+    metavar="SOURCE",
+    help="A checkpoint, a file of published weights, a folder of timm's, or timm/NAME.  [default: stage 1]",
+)
 @click.option("--init-from-teacher/--init-at-random", default=None, help="Where the student starts.")
 @_training_options
 @click.pass_obj
 def stage2(workspace: Workspace, /, as_json: bool, **options: Any) -> None:
-    """Train the student: MimCo's masked image modelling against the frozen teacher.
+    """Train the student: MimCo's masked image modelling against the frozen teacher, or a method to compare it with.
 
     Pictures and backbone are the teacher's, unless others are given.
+
+    \b
+    mimco train stage2
+    mimco train stage2 --teacher vit-s-300ep.pth.tar --data ./photos
+    mimco train stage2 --teacher timm/vit_small_patch16_224.dino --data ./photos
+    mimco train stage2 --method simmim
     """
     with _extra("train"):
         from mimco_deploy.training.runs import Request, open_stage2

@@ -31,7 +31,7 @@ class EncoderModule(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """uint8 [batch, H, W, 3] → float32 [batch, D], L2-normalised."""
-        features = self.backbone(to_input(image.permute(0, 3, 1, 2)))
+        features = self.backbone(to_input(image.permute(0, 3, 1, 2), self.backbone.config))
         return F.normalize(features.pooled(self.pooling), dim=1)
 
 

@@ -1,6 +1,6 @@
-"""Views of a picture: MoCo v3's pair for stage 1, one masked crop for stage 2.
+"""Views of a picture: two augmented ones, or one crop; each with a mask where the method has masks.
 
-Both are callables on an upright RGB picture that draw from torch's global generator and give uint8 tensors;
+All are callables on an upright RGB picture that draw from torch's global generator and give uint8 tensors;
 `to_input` turns those into what a backbone takes.
 """
 
@@ -11,15 +11,14 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 from torchvision.transforms import v2
 
-from mimco_deploy.training.backbone import MEAN, STD
-from mimco_deploy.training.config import BackboneConfig, MaskConfig, ViewsConfig
-from mimco_deploy.training.masking import draw_mask, mask_shape
+from mimco_deploy.training.config import BackboneConfig, ViewsConfig
+from mimco_deploy.training.masking import MaskShape, draw_mask
 
 
-def to_input(pixels: Tensor) -> Tensor:
-    """uint8 [B, 3, H, W] in 0…255 → float32 [B, 3, H, W], normalised by channel."""
-    mean = torch.tensor(MEAN, device=pixels.device).view(1, 3, 1, 1)
-    std = torch.tensor(STD, device=pixels.device).view(1, 3, 1, 1)
+def to_input(pixels: Tensor, backbone: BackboneConfig) -> Tensor:
+    """uint8 [B, 3, H, W] in 0…255 → float32 [B, 3, H, W], normalised by channel as the backbone was trained."""
+    mean = torch.tensor(backbone.mean, device=pixels.device).view(1, 3, 1, 1)
+    std = torch.tensor(backbone.std, device=pixels.device).view(1, 3, 1, 1)
     return (pixels.float() / 255.0 - mean) / std
 
 
@@ -47,30 +46,54 @@ class TwoViews:
         return self._view1(picture), self._view2(picture)
 
 
-class MaskedView:
-    """One crop, and the mask under which the student sees it (SimMIM, arXiv 2111.09886, section 4.1).
+class OneCrop:
+    """One crop, the same for student and teacher, and the mask under which the student sees it.
 
     Args:
-        backbone: gives the image's and the patch's side.
-        config: crop scale, mask unit and ratio.
+        image_size_px: side of the crop.
+        config: crop scale.
+        shape: of the mask, or None for no mask.
+        kind: how the mask is drawn; see `draw_mask`.
 
-    Raises:
-        ConfigError: see `mask_shape`.
+    Source: SimMIM (arXiv 2111.09886), section 4.1.
     """
 
-    def __init__(self, backbone: BackboneConfig, config: MaskConfig) -> None:
+    def __init__(
+        self, image_size_px: int, config: ViewsConfig, shape: MaskShape | None = None, kind: str = "random"
+    ) -> None:
         self._crop = v2.Compose(
             [
-                v2.RandomResizedCrop(backbone.image_size_px, scale=(config.min_crop_scale, 1.0)),
+                v2.RandomResizedCrop(image_size_px, scale=(config.min_crop_scale, 1.0)),
                 v2.RandomHorizontalFlip(),
                 v2.PILToTensor(),
             ]
         )
-        self._shape = mask_shape(backbone, config)
+        self._shape, self._kind = shape, kind
 
-    def __call__(self, picture: Image.Image) -> tuple[Tensor, Tensor]:
-        """uint8 [3, H, W] and bool [h, w]."""
-        return self._crop(picture), draw_mask(self._shape)
+    def __call__(self, picture: Image.Image) -> tuple[Tensor, ...]:
+        """uint8 [3, H, W], and bool [h, w] where there are masks."""
+        crop = self._crop(picture)
+        return (crop,) if self._shape is None else (crop, draw_mask(self._shape, self._kind))
+
+
+class MaskedTwoViews:
+    """MoCo v3's two views, each with a mask: for training both pretexts at once.
+
+    Args:
+        image_size_px: side of the views.
+        config: crop scale and blur.
+        shape: of the masks.
+        kind: how they are drawn.
+    """
+
+    def __init__(self, image_size_px: int, config: ViewsConfig, shape: MaskShape, kind: str) -> None:
+        self._views = TwoViews(image_size_px, config)
+        self._shape, self._kind = shape, kind
+
+    def __call__(self, picture: Image.Image) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Twice uint8 [3, H, W] and bool [h, w]."""
+        view1, view2 = self._views(picture)
+        return view1, draw_mask(self._shape, self._kind), view2, draw_mask(self._shape, self._kind)
 
 
 def _mocov3_view(image_size_px: int, min_crop_scale: float, *blur_and_solarise: torch.nn.Module) -> v2.Compose:

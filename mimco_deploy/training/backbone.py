@@ -1,27 +1,30 @@
 """The backbone: the only file that touches timm's models.
 
-A timm vision transformer with MoCo v3's fixed positions and initialisation, and SimMIM's mask-token path. Its
-parameters keep timm's names under `body.`, so that a trained one loads into plain timm.
+Any model of timm gives patch tokens and one vector for the image. Transformers (ViT, BEiT, Swin) also take a mask, so
+they can be students; plain ViTs start with MoCo v3's fixed positions and initialisation. Parameters keep timm's names
+under `body.`, so that a trained one loads into plain timm.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import timm
 import torch
+import torch.nn.functional as F
 from timm.models import save_for_hf
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.beit import Beit
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from mimco_deploy.errors import ConfigError
 from mimco_deploy.training.config import BackboneConfig
 
-# ImageNet's channel statistics in [0, 1], the field's convention: of training's input and of the exported graph.
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
 CROP_SHARE = 0.875
 """Eval-time geometry: the centre crop's side over the resized short side, ImageNet's convention (224 of 256)."""
 
@@ -29,77 +32,229 @@ CROP_SHARE = 0.875
 class Features(NamedTuple):
     """What a backbone gives, after its last norm; not normalised."""
 
-    cls: Tensor
-    """[B, D]"""
+    own: Tensor
+    """[B, D], the model's own vector for the image: its CLS token, or where it has none what it pools to."""
     patches: Tensor
     """[B, L, D], row by row"""
 
     def pooled(self, pooling: str) -> Tensor:
-        """One vector an image, [B, D]: the mean of the patch tokens, or the CLS token."""
-        return self.patches.mean(dim=1) if pooling == "mean" else self.cls
+        """One vector an image, [B, D]: `mean` of the patch tokens, or for `cls` the model's own."""
+        return self.patches.mean(dim=1) if pooling == "mean" else self.own
 
 
 class Backbone(nn.Module):
-    """A vision transformer that gives all its tokens, and takes a mask.
+    """A model of timm that gives all its tokens, and takes a mask where it is a transformer.
 
     Args:
         config: architecture and sizes.
         frozen_patch_embed: keep the patch embedding as the random projection it starts as (MoCo v3, section 4.2).
+        body: timm's model of this config, where there is one already; by default a new one, at random.
 
     Raises:
-        ConfigError: timm does not know the architecture, it is no ViT, or the patches do not tile the image.
+        ConfigError: timm does not know the architecture or cannot build it so, or its patches do not tile the image.
     """
 
-    def __init__(self, config: BackboneConfig, *, frozen_patch_embed: bool = False) -> None:
+    def __init__(
+        self, config: BackboneConfig, *, frozen_patch_embed: bool = False, body: nn.Module | None = None
+    ) -> None:
         super().__init__()
-        if config.image_size_px % config.patch_size_px:
-            raise ConfigError(
-                f"image_size_px {config.image_size_px} with patch_size_px {config.patch_size_px}",
-                expected="a whole number of patches",
-            )
-        try:
-            body = timm.create_model(
-                config.name, pretrained=False, drop_path_rate=config.drop_path, **timm_args(config)
-            )
-        except (RuntimeError, TypeError, AssertionError) as error:
-            raise ConfigError(
-                f"backbone {config.name}: {error}", expected="a timm ViT, such as vit_small_patch16_224"
-            ) from error
-        if not isinstance(body, VisionTransformer) or body.num_prefix_tokens != 1 or body.no_embed_class:
-            raise ConfigError(f"backbone {config.name}", expected="a timm ViT with one CLS token that has a position")
+        if body is None:
+            body = _create(config)
+            if type(body) is VisionTransformer and body.num_prefix_tokens == 1 and not body.no_embed_class:
+                _init_as_mocov3(body)
         self.config = config
-        self.body = body
-        _init_as_mocov3(body)
-        body.patch_embed.requires_grad_(not frozen_patch_embed)
+        model: Any = body
+        self.body = model
+        self._is_swin = isinstance(model, SwinTransformer)
+        self.width: int = model.num_features
+        self.own_width: int = model.head_hidden_size if config.global_pool else self.width
+        self.stride_px: int = model.feature_info[-1]["reduction"]
+        """Pixels along the side of an output token: a patch in a ViT, several of them in a Swin."""
+        self._check_size(config.image_size_px)
+        if frozen_patch_embed:
+            self.body.patch_embed.requires_grad_(False)
 
-    def forward(self, images: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None) -> Features:
+    @property
+    def patch_px(self) -> int:
+        """Side of a patch as it is embedded and masked; of a transformer."""
+        return int(self.body.patch_embed.patch_size[0])
+
+    @property
+    def encodes_parts(self) -> bool:
+        """Whether it can encode some of the patches alone, beside a CLS token."""
+        return isinstance(self.body, VisionTransformer) and _has_cls(self.body) and self.body.num_prefix_tokens == 1
+
+    @property
+    def grid(self) -> int:
+        """Output tokens along one side; L is its square."""
+        return math.ceil(self.config.image_size_px / self.stride_px)
+
+    @property
+    def own_pooling(self) -> Literal["mean", "cls"]:
+        """What `Features.own` is: the plain `mean` of the patch tokens, or a vector that the model makes, `cls`."""
+        return "cls" if self.config.global_pool or _has_cls(self.body) else "mean"
+
+    def new_mask_token(self) -> nn.Parameter:
+        """A parameter [1, 1, width of an embedded patch] to stand in for masked patches.
+
+        Raises:
+            ConfigError: the architecture takes no masks.
+        """
+        takes_masks = isinstance(self.body, VisionTransformer | Beit | SwinTransformer)
+        if not takes_masks:
+            raise ConfigError(f"masks for {self.config.name}", expected="a student that is a ViT, BEiT or Swin of timm")
+        width: int = self.body.patch_embed.proj.weight.shape[0]
+        return nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, width), std=0.02))
+
+    def forward(
+        self,
+        images: Tensor,
+        mask: Tensor | None = None,
+        mask_token: Tensor | None = None,
+        visible: Tensor | None = None,
+    ) -> Features:
         """Encode.
 
         Args:
             images: [B, 3, H, W], normalised.
-            mask: [B, h, w] bool, True = masked, or None.
-            mask_token: [1, 1, D], stands in for masked patch tokens before positions are added; given with `mask`.
+            mask: [B, H / patch, W / patch] bool, True = masked, or None.
+            mask_token: [1, 1, D], stands in for masked patches after they are embedded and before positions are added;
+                given with `mask`.
+            visible: [B, V] int64, the only patches that a ViT encodes (MAE), or None for all.
         """
-        tokens = self.body.patch_embed(images)  # [B, L, D]
+        if mask is None and visible is None:
+            return self._features(self.body.forward_features(images))
+        tokens = self.body.patch_embed(images)  # [B, L, D], of a Swin [B, h, w, D]
         if mask is not None:
             assert mask_token is not None, "a mask comes with its token"
-            tokens = torch.where(mask.flatten(1).unsqueeze(2), mask_token.to(tokens.dtype), tokens)
-        tokens = self.body.norm_pre(self.body._pos_embed(tokens))  # [B, 1 + L, D]
-        tokens = self.body.norm(self.body.blocks(tokens))
-        return Features(cls=tokens[:, 0], patches=tokens[:, 1:])
+            tokens = torch.where(mask.reshape(*tokens.shape[:-1], 1), mask_token.to(tokens.dtype), tokens)
+        return self._features(self._encode(tokens, visible))
+
+    def attend(self, images: Tensor) -> tuple[Features, Tensor]:
+        """Encode, and say how much each patch means to the image.
+
+        Args:
+            images: [B, 3, H, W], normalised.
+
+        Returns:
+            Features, and [B, L] scores, higher means more: the last block's attention from the CLS token, mean over
+            heads; where there is none, the cosine of the patch token with the image's own vector.
+
+        Source: AttMask (arXiv 2203.12719), section 3.2; the cosine is our choice, for Swin.
+        """
+        body = self.body
+        if not (isinstance(body, VisionTransformer) and _has_cls(body) and isinstance(body.blocks[-1], Block)):
+            features = self(images)
+            return features, F.cosine_similarity(features.patches, features.own.unsqueeze(1), dim=2)
+        tokens = body.norm_pre(body._pos_embed(body.patch_embed(images)))
+        tokens, last = body.blocks[:-1](tokens), body.blocks[-1]
+        scores = _cls_attention(last.attn, last.norm1(tokens))[:, body.num_prefix_tokens :]
+        return self._features(body.norm(last(tokens))), scores
+
+    def resize(self, image_size_px: int) -> None:
+        """Take images of another size: timm interpolates absolute positions; a Swin's windows stay as they are.
+
+        Raises:
+            ConfigError: the architecture is of one size, or its patches do not tile that one.
+        """
+        if image_size_px == self.config.image_size_px:
+            return
+        self._check_size(image_size_px)
+        size, body = (image_size_px, image_size_px), self.body
+        if self._is_swin:
+            body.set_input_size(img_size=size, window_size=body.layers[0].blocks[0].window_size)
+        elif hasattr(body, "set_input_size"):
+            body.set_input_size(img_size=size)
+        elif hasattr(body, "patch_embed"):
+            raise ConfigError(f"{self.config.name} at {image_size_px} px", expected=f"{self.config.image_size_px} px")
+        self.config = dataclasses.replace(self.config, image_size_px=image_size_px)
+
+    def _check_size(self, image_size_px: int) -> None:
+        if hasattr(self.body, "patch_embed") and image_size_px % self.stride_px:  # convolutions pad
+            raise ConfigError(
+                f"{self.config.name} at {image_size_px} px, {self.stride_px} px a token",
+                expected="a whole number of tokens",
+            )
+
+    def _encode(self, tokens: Tensor, visible: Tensor | None) -> Tensor:
+        """From embedded patches to the last norm, as `forward_features` of the three families does."""
+        body: Any = self.body
+        assert visible is None or isinstance(body, VisionTransformer), "others encode all of the image"
+        if self._is_swin:
+            tokens = body.layers(tokens)
+        elif isinstance(body, Beit):
+            tokens = torch.cat([body.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
+            tokens = body.pos_drop(tokens if body.pos_embed is None else tokens + body.pos_embed)
+            bias = None if body.rel_pos_bias is None else body.rel_pos_bias()
+            for block in body.blocks:
+                tokens = block(tokens, shared_rel_pos_bias=bias)
+        else:
+            tokens = body._pos_embed(tokens)  # [B, prefix + L, D]
+            if visible is not None:
+                prefix, patches = tokens.tensor_split([body.num_prefix_tokens], dim=1)
+                rows = visible.unsqueeze(2).expand(-1, -1, patches.shape[2])
+                tokens = torch.cat([prefix, patches.gather(1, rows)], dim=1)  # [B, prefix + V, D]
+            tokens = body.blocks(body.norm_pre(tokens))
+        output: Tensor = body.norm(tokens)
+        return output
+
+    def _features(self, output: Tensor) -> Features:
+        """Tokens of timm's three layouts → one."""
+        if output.ndim == 3:  # [B, prefix + L, D]
+            patches = output[:, self.body.num_prefix_tokens :]
+        elif getattr(self.body, "output_fmt", "NCHW") == "NHWC":
+            patches = output.flatten(1, 2)
+        else:
+            patches = output.flatten(2).mT
+        if self.config.global_pool:
+            own = self.body.forward_head(output, pre_logits=True)
+        else:
+            own = output[:, 0] if _has_cls(self.body) else patches.mean(dim=1)
+        return Features(own, patches)
+
+
+def _has_cls(body: nn.Module) -> bool:
+    return isinstance(body, Beit) or (isinstance(body, VisionTransformer) and body.has_class_token)
+
+
+def _create(config: BackboneConfig) -> nn.Module:
+    args = {"drop_path_rate": config.drop_path, **timm_args(config)}
+    while True:
+        try:
+            model: nn.Module = timm.create_model(config.name, **args)
+            return model
+        except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+            optional = (name for name in ("img_size", "drop_path_rate") if name in args and name in str(error))
+            surplus = next(optional, None)  # not every architecture takes these two
+            if surplus is None or not isinstance(error, TypeError):
+                raise ConfigError(
+                    f"backbone {config.name}: {error}", expected="a model of timm, such as vit_small_patch16_224"
+                ) from error
+            del args[surplus]
 
 
 def timm_args(config: BackboneConfig) -> dict[str, Any]:
-    """Arguments that make `timm.create_model(config.name, …)` build this backbone."""
-    return {
-        "img_size": config.image_size_px,
+    """Arguments that make `timm.create_model(config.name, …)` build this backbone.
+
+    Raises:
+        ConfigError: there are several numbers where the architecture takes one.
+    """
+    sizes: dict[str, Any] = {
         "patch_size": config.patch_size_px,
         "embed_dim": config.embed_dim,
-        "depth": config.depth,
         "num_heads": config.num_heads,
-        "num_classes": 0,
-        "global_pool": "",
+        "window_size": config.window,
     }
+    if config.name.startswith("swin"):
+        sizes["depths"] = config.depth
+    else:
+        for name in ("depth", "num_heads"):
+            values: tuple[int, ...] = getattr(config, name)
+            if len(values) > 1:
+                raise ConfigError(f"backbone.{name} {values} for {config.name}", expected="one number")
+            sizes[name] = values[0] if values else 0
+    given = {name: size for name, size in sizes.items() if size}
+    return {"img_size": config.image_size_px, "num_classes": 0, "global_pool": config.global_pool, **given}
 
 
 def save_as_timm(backbone: Backbone, folder: Path) -> None:
@@ -110,8 +265,8 @@ def save_as_timm(backbone: Backbone, folder: Path) -> None:
     ours = {
         "tag": "",
         "license": "unstated",
-        "mean": MEAN,
-        "std": STD,
+        "mean": backbone.config.mean,
+        "std": backbone.config.std,
         "crop_pct": CROP_SHARE,
         "interpolation": "bicubic",
     }
@@ -152,22 +307,50 @@ def sincos_positions(embed_dim: int, grid: int) -> Tensor:
     return torch.cat([torch.zeros(1, embed_dim, dtype=torch.float64), patches]).float()
 
 
+def vit_blocks(width: int, depth: int, heads: int) -> nn.Sequential:
+    """Pre-norm transformer blocks as in timm's ViT, [B, N, width] → the same, initialised as in MoCo v3 and MAE.
+
+    Raises:
+        ConfigError: the heads do not divide the width.
+    """
+    if width % heads:
+        raise ConfigError(f"a width of {width}", expected=f"a multiple of its {heads} heads")
+    norm: Any = functools.partial(nn.LayerNorm, eps=1e-6)
+    blocks = nn.Sequential(*(Block(width, heads, qkv_bias=True, norm_layer=norm) for _ in range(depth)))
+    init_linears(blocks)
+    return blocks
+
+
+def _cls_attention(attention: Any, tokens: Tensor) -> Tensor:
+    """Mean over heads of the CLS token's attention weights, [B, N], of timm's attention over tokens [B, N, D]."""
+    batch, count, _ = tokens.shape
+    qkv = attention.qkv(tokens).reshape(batch, count, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
+    query, key = attention.q_norm(qkv[0, :, :, :1]), attention.k_norm(qkv[1])  # [B, heads, 1 or N, D/heads]
+    weights: Tensor = (query @ key.mT * attention.scale).float().softmax(dim=-1)
+    return weights.mean(dim=1).squeeze(1)
+
+
+@torch.no_grad()
+def init_linears(module: nn.Module) -> None:
+    """Xavier-uniform linears, q, k and v as three matrices; zero biases (MoCo v3)."""
+    for name, part in module.named_modules():
+        if isinstance(part, nn.Linear):
+            for matrix in part.weight.chunk(3) if name.endswith("qkv") else (part.weight,):
+                nn.init.xavier_uniform_(matrix)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+
+
 @torch.no_grad()
 def _init_as_mocov3(body: VisionTransformer) -> None:
-    """Xavier-uniform linears, q, k and v as three matrices; zero biases; a CLS token near zero; fixed positions."""
-    for name, module in body.named_modules():
-        if isinstance(module, nn.Linear):
-            parts = module.weight.chunk(3) if name.endswith("qkv") else (module.weight,)
-            for part in parts:
-                nn.init.xavier_uniform_(part)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+    """MoCo v3's linears; a uniform patch projection; a CLS token near zero; fixed positions."""
+    init_linears(body)
     projection = body.patch_embed.proj
     bound = math.sqrt(6.0 / (math.prod(projection.weight.shape[1:]) + projection.weight.shape[0]))
     nn.init.uniform_(projection.weight, -bound, bound)
     if projection.bias is not None:
         nn.init.zeros_(projection.bias)
-    assert body.cls_token is not None, "Backbone takes only transformers with one"
+    assert body.cls_token is not None, "called for transformers with one"
     nn.init.normal_(body.cls_token, std=1e-6)
     positions = sincos_positions(body.embed_dim, body.patch_embed.grid_size[0])
     body.pos_embed = nn.Parameter(positions.unsqueeze(0), requires_grad=False)

@@ -1,7 +1,7 @@
 """Checkpoints: one folder, replaced as a whole.
 
 last/
-├── config.json         format version, stage, step, settings, fingerprint of the corpus
+├── config.json         format version, stage, step, settings, fingerprint of the corpus, teacher's architecture
 ├── model.safetensors   the method's state: encoder, heads, teacher or momentum encoder, queue
 ├── optimizer.pt        AdamW's state, loaded with weights_only=True
 └── timm/               the encoder alone, for timm.create_model("local-dir:…", pretrained=True)
@@ -23,18 +23,28 @@ from torch import Tensor, nn
 from mimco_deploy.atomic import current_dir, staged_dir
 from mimco_deploy.errors import CheckpointError
 from mimco_deploy.training.backbone import Backbone, save_as_timm
-from mimco_deploy.training.config import Stage1Config, Stage2Config
+from mimco_deploy.training.config import BackboneConfig, Stage1Config, Stage2Config
+from mimco_deploy.training.method_config import JointConfig, MoBYConfig, MoCoV3Config, Pooling
 from mimco_deploy.training.settings import from_document, to_document
+from mimco_deploy.training.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 STAGES: dict[str, type[Stage1Config] | type[Stage2Config]] = {"stage1": Stage1Config, "stage2": Stage2Config}
 
 
 def stage_name(config: Stage1Config | Stage2Config) -> str:
     """`stage1` or `stage2`."""
     return next(name for name, kind in STAGES.items() if isinstance(config, kind))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherSpec:
+    """What a stage-2 checkpoint says of the teacher whose weights it holds."""
+
+    backbone: BackboneConfig
+    pooling: Pooling
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,8 @@ class Checkpoint:
     corpus: str
     """Fingerprint of the corpus."""
     config: Stage1Config | Stage2Config
+    teacher: TeacherSpec | None
+    """None for methods without one."""
 
     def warn_if_unfinished(self) -> None:
         """Say so where somebody uses a run that was stopped half-way."""
@@ -86,12 +98,20 @@ def save_checkpoint(
 
     Args:
         folder: the checkpoint, `last/` of a run.
-        method: has the backbone as `encoder`.
+        method: has the backbone as `encoder`, and where it has a frozen teacher that as `teacher`.
         optimizer: its AdamW.
         config: of the run.
         state: `step`, `total_steps` and `corpus` of `Checkpoint`.
     """
-    document = {"format_version": FORMAT_VERSION, "stage": stage_name(config), **state, "config": to_document(config)}
+    teacher = getattr(method, "teacher", None)
+    spec = TeacherSpec(backbone=teacher.built_as, pooling=teacher.pooling) if isinstance(teacher, Teacher) else None
+    document = {
+        "format_version": FORMAT_VERSION,
+        "stage": stage_name(config),
+        **state,
+        "config": to_document(config),
+        "teacher": spec and to_document(spec),
+    }
     with staged_dir(folder) as staging:
         (staging / "config.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         save_file(method.state_dict(), staging / "model.safetensors")
@@ -117,17 +137,28 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         if version != FORMAT_VERSION:
             raise CheckpointError(f"{path} has format version {version}", expected=str(FORMAT_VERSION))
         config = from_document(STAGES[stage], document.pop("config"))
-        return Checkpoint(folder, stage, config=config, **document)
+        told = document.pop("teacher")
+        teacher = from_document(TeacherSpec, told) if told else None
+        return Checkpoint(folder, stage, config=config, teacher=teacher, **document)
     except OSError as error:
         raise CheckpointError(f"no checkpoint in {folder}", expected="config.json") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: {error}", expected="a checkpoint's config.json") from error
 
 
-def load_encoder(checkpoint: Checkpoint) -> tuple[Backbone, str]:
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder says that it is a checkpoint of mimco's, readable or not."""
+    path = current_dir(folder) / "config.json"
+    try:
+        return "format_version" in json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def load_encoder(checkpoint: Checkpoint) -> tuple[Backbone, Pooling]:
     """The trained encoder of a run, and the pooling that its loss trained.
 
-    Of a MoCo v3 run it is the online encoder, as in every published evaluation of it.
+    Of a MoCo v3 or MoBY run it is the online encoder, as in every published evaluation of them.
 
     Raises:
         CheckpointError: the weights do not fit the settings; names the keys.
@@ -138,8 +169,10 @@ def load_encoder(checkpoint: Checkpoint) -> tuple[Backbone, str]:
         key.removeprefix(prefix): value for key, value in checkpoint.load_model().items() if key.startswith(prefix)
     }
     load_strictly(backbone, state, checkpoint.path)
-    pooling = checkpoint.config.method.pooling if isinstance(checkpoint.config, Stage2Config) else "cls"
-    return backbone, pooling
+    method = checkpoint.config.method
+    if isinstance(method, MoCoV3Config | MoBYConfig | JointConfig):  # their losses train the model's own vector
+        return backbone, backbone.own_pooling
+    return backbone, method.pooling
 
 
 def load_strictly(module: nn.Module, state: dict[str, Tensor], source: Path) -> None:

@@ -1,8 +1,8 @@
 """What a run is made of: frozen dataclasses.
 
 `presets.py` has values for whole runs; variants by `dataclasses.replace` or, from the command line, by
-`--set section.field=value` (`settings.py`). Where a paper's value is unknown, the field says "our choice" and why.
-Standard library only.
+`--set section.field=value` (`settings.py`). What a method adds is in `method_config.py`. Where a paper's value is
+unknown, the field says "our choice" and why. Standard library only.
 """
 
 from __future__ import annotations
@@ -10,39 +10,48 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mimco_deploy.errors import ConfigError
+from mimco_deploy.training.method_config import MimCoConfig, MoCoV3Config, Stage1Method, Stage2Method, require
 
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneConfig:
-    """A timm vision transformer, its sizes open to change."""
+    """A model of timm. Sizes that are 0 or empty are those that timm gives the architecture.
+
+    Transformers (ViT, BEiT, Swin) can be trained and take other sizes. Any other model of timm can be a teacher.
+    """
 
     name: str
     """timm's name of the architecture."""
     image_size_px: int
     """Side of the square input."""
-    patch_size_px: int
-    """Side of a patch."""
-    embed_dim: int
-    """Width D."""
-    depth: int
-    """Number of blocks."""
-    num_heads: int
-    """Attention heads. MoCo v3's ViT-S has 12 where timm's and DeiT's has 6."""
+    patch_size_px: int = 0
+    """Side of a patch: of the first, before any merging, in a Swin."""
+    embed_dim: int = 0
+    """Width D; in a Swin that of the first stage, which doubles with each further one."""
+    depth: tuple[int, ...] = ()
+    """Number of blocks: one number, in a Swin one for each stage."""
+    num_heads: tuple[int, ...] = ()
+    """Attention heads: one number, in a Swin one for each stage. MoCo v3's ViT-S has 12, timm's and DeiT's has 6."""
+    window: int = 0
+    """Patches along the side of a Swin's window."""
     drop_path: float = 0.0
     """Rate of stochastic depth at the last block, rising linearly from 0 at the first."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Of the input's channels, in [0, 1]: ImageNet's, the field's convention."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Of the input's channels, likewise."""
+    global_pool: str = ""
+    """How timm pools the model's output, for teachers that timm publishes; empty takes the tokens after the last norm,
+    and their CLS token or mean."""
 
     def __post_init__(self) -> None:
         """Raises ConfigError for values that cannot be meant."""
-        for name in ("image_size_px", "patch_size_px", "embed_dim", "depth", "num_heads"):
-            _require(getattr(self, name) >= 1, f"backbone.{name}", getattr(self, name), "at least 1")
-        _require(self.embed_dim % self.num_heads == 0, "backbone.embed_dim", self.embed_dim, "a multiple of num_heads")
-        _require(0.0 <= self.drop_path < 1.0, "backbone.drop_path", self.drop_path, "a rate from 0 to below 1")
-
-    @property
-    def grid(self) -> int:
-        """Patches along one side."""
-        return self.image_size_px // self.patch_size_px
+        require(self.image_size_px >= 1, "backbone.image_size_px", self.image_size_px, "at least 1")
+        for name in ("patch_size_px", "embed_dim", "window"):
+            require(getattr(self, name) >= 0, f"backbone.{name}", getattr(self, name), "0 for timm's, or more")
+        for name in ("depth", "num_heads"):
+            require(all(n >= 1 for n in getattr(self, name)), f"backbone.{name}", getattr(self, name), "at least 1")
+        require(0.0 <= self.drop_path < 1.0, "backbone.drop_path", self.drop_path, "a rate from 0 to below 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,10 +73,10 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Raises ConfigError for values that cannot be meant."""
-        _require(self.memory_mib >= 0, "data.memory_mib", self.memory_mib, "0 or more")
-        _require(self.short_side_px >= 1, "data.short_side_px", self.short_side_px, "at least 1")
-        _require(0.0 <= self.max_bad_share < 1.0, "data.max_bad_share", self.max_bad_share, "a share below 1")
-        _require(self.workers >= 0, "data.workers", self.workers, "0 or more")
+        require(self.memory_mib >= 0, "data.memory_mib", self.memory_mib, "0 or more")
+        require(self.short_side_px >= 1, "data.short_side_px", self.short_side_px, "at least 1")
+        require(0.0 <= self.max_bad_share < 1.0, "data.max_bad_share", self.max_bad_share, "a share below 1")
+        require(self.workers >= 0, "data.workers", self.workers, "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,12 +87,18 @@ class OptimConfig:
     """Learning rate per 256 images; lr = base_lr · global_batch_size / 256."""
     weight_decay: float
     """Decoupled weight decay."""
-    decay_everything: bool
-    """True decays biases, norms and tokens as well (MoCo v3's code); False spares all of them (SimMIM's recipe)."""
+    decay: Literal["all", "matrices", "weights"]
+    """What is decayed: `all` parameters (MoCo v3's code); `matrices`, everything of two dimensions or more, so tokens
+    and relative-position tables but no bias and no norm (MoBY's and MAE's code); or `weights`, which spares the tokens
+    too (SimMIM's code for Swin; its ViT differs from it in the mask token alone)."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's moments."""
     warmup_epochs: float = 0.0
     """Epochs of linear warm-up."""
+    cosine_from_start: bool = False
+    """Whether the cosine counts from step 0 and the warm-up hides its beginning, as in MoBY's and SimMIM's code, or
+    starts where the warm-up ends, as in MoCo v3's and MAE's. MoBY's and SimMIM's code also sets each step's rate one
+    step late; ours does not, for nothing is gained by it."""
     warmup_lr: float = 0.0
     """Where the warm-up starts, per 256 images."""
     min_lr: float = 0.0
@@ -94,8 +109,8 @@ class OptimConfig:
     def __post_init__(self) -> None:
         """Raises ConfigError for values that cannot be meant."""
         for name in ("base_lr", "weight_decay", "warmup_epochs", "warmup_lr", "min_lr", "clip_norm"):
-            _require(getattr(self, name) >= 0.0, f"optim.{name}", getattr(self, name), "0 or more")
-        _require(all(0.0 <= beta < 1.0 for beta in self.betas), "optim.betas", self.betas, "two values in [0, 1)")
+            require(getattr(self, name) >= 0.0, f"optim.{name}", getattr(self, name), "0 or more")
+        require(all(0.0 <= beta < 1.0 for beta in self.betas), "optim.betas", self.betas, "two values in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,98 +135,41 @@ class RunConfig:
     def __post_init__(self) -> None:
         """Raises ConfigError for values that cannot be meant."""
         for name in ("epochs", "global_batch_size", "accumulate", "log_every_steps", "checkpoint_every_steps"):
-            _require(getattr(self, name) >= 1, f"run.{name}", getattr(self, name), "at least 1")
-        _require(self.seed >= 0, "run.seed", self.seed, "0 or more")
+            require(getattr(self, name) >= 1, f"run.{name}", getattr(self, name), "at least 1")
+        require(self.seed >= 0, "run.seed", self.seed, "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ViewsConfig:
-    """Stage 1's two augmented views (MoCo v3)."""
+    """What a method sees of a picture: two augmented views (MoCo v3, MoBY, joint training) or one crop (all others)."""
 
-    min_crop_scale: float = 0.08
+    min_crop_scale: float
     """Smallest share of the picture's area in a crop; the largest is 1."""
     blur_radius_px: tuple[float, float] = (0.1, 2.0)
-    """Range of the Gaussian's standard deviation, for 224 px; scaled with the image size, which is our choice: the
-    paper trains at 224 only."""
+    """Range of the Gaussian's standard deviation in augmented views, for 224 px; scaled with the image size, which is
+    our choice: the paper trains at 224 only."""
 
     def __post_init__(self) -> None:
         """Raises ConfigError for values that cannot be meant."""
-        _require(0.0 < self.min_crop_scale <= 1.0, "views.min_crop_scale", self.min_crop_scale, "above 0, up to 1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class MoCoV3Config:
-    """MoCo v3 for ViT (arXiv 2104.02057)."""
-
-    temperature: float = 0.2
-    """τ"""
-    momentum: float = 0.99
-    """m of the first step; rises to 1 by a cosine."""
-    hidden_dim: int = 4096
-    """Width of the heads' hidden layers."""
-    projection_dim: int = 256
-    """P, width of queries and keys."""
-
-    def __post_init__(self) -> None:
-        """Raises ConfigError for values that cannot be meant."""
-        _require(self.temperature > 0.0, "method.temperature", self.temperature, "above 0")
-        _require(0.0 <= self.momentum <= 1.0, "method.momentum", self.momentum, "a value from 0 to 1")
-        for name in ("hidden_dim", "projection_dim"):
-            _require(getattr(self, name) >= 1, f"method.{name}", getattr(self, name), "at least 1")
+        require(0.0 < self.min_crop_scale <= 1.0, "views.min_crop_scale", self.min_crop_scale, "above 0, up to 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MaskConfig:
-    """SimMIM's random masks (arXiv 2111.09886)."""
+    """Masks. Their unit is masked as a whole, and every image has the same number of masked units."""
 
+    kind: Literal["random", "rectangles", "attention", "attention_hints"] = "random"
+    """Which units are masked: drawn one by one (SimMIM, arXiv 2111.09886), in rectangles (BEiT, arXiv 2106.08254),
+    those that the teacher attends to most, or those with a few left visible as hints (AttMask, arXiv 2203.12719)."""
     mask_patch_size_px: int = 32
-    """Side of the unit that is masked as a whole; a multiple of the backbone's patch."""
+    """Side of the unit; a multiple of the backbone's patch."""
     mask_ratio: float = 0.6
     """Share of units masked, rounded up. SimMIM's value; MimCo's is unknown."""
-    min_crop_scale: float = 0.67
-    """Smallest share of the picture's area in the one crop that student and teacher see (SimMIM)."""
 
     def __post_init__(self) -> None:
         """Raises ConfigError for values that cannot be meant."""
-        _require(0.0 < self.min_crop_scale <= 1.0, "mask.min_crop_scale", self.min_crop_scale, "above 0, up to 1")
-
-
-Dictionary = Literal["intra", "batch", "queue"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class MimCoConfig:
-    """MimCo (arXiv 2209.03063). We had the abstract, not its values: each field is our choice, with the reason."""
-
-    dictionaries: tuple[Dictionary, ...] = ("intra", "batch")
-    """Where the patch loss takes negatives: the same image, other images of the batch, a queue of past teacher tokens.
-    Our choice is the first two: a contrastive teacher's tokens are alike within an image, so negatives from it alone
-    say little, and the batch's add meaning for no further teacher pass."""
-    batch_keys: int = 4096
-    """Most tokens drawn from the batch as negatives. Our choice: logits grow with masked tokens times this."""
-    queue_size: int = 4096
-    """K, tokens in the queue. Our choice; entries never go stale, because the teacher is frozen."""
-    patch_temperature: float = 0.2
-    """τ of the patch loss. Our choice: MoCo v3's and MoBY's value."""
-    image_temperature: float = 0.2
-    """τ of the image loss. Our choice, likewise."""
-    patch_weight: float = 1.0
-    """λ of the patch loss. Our choice: the plain sum."""
-    image_weight: float = 1.0
-    """λ of the image loss. Our choice, likewise."""
-    hidden_dim: int = 4096
-    """Hidden width of the image head. Our choice: MoCo v3's."""
-    pooling: Literal["mean", "cls"] = "mean"
-    """What the image loss trains and the encoder exports. Our choice: the mean uses every token that the patch loss
-    shapes, and exists for backbones without a CLS token."""
-    init_from_teacher: bool = False
-    """Start the student from the teacher's weights instead of at random. Our choice is off, as the plain reading of the
-    abstract; on keeps the teacher's quality from the first step (measured in docs/decisions.md)."""
-
-    def __post_init__(self) -> None:
-        """Raises ConfigError for values that cannot be meant."""
-        for name in ("patch_temperature", "image_temperature", "batch_keys", "queue_size", "hidden_dim"):
-            _require(getattr(self, name) > 0, f"method.{name}", getattr(self, name), "above 0")
+        require(self.mask_patch_size_px >= 1, "mask.mask_patch_size_px", self.mask_patch_size_px, "at least 1")
+        require(0.0 < self.mask_ratio <= 1.0, "mask.mask_ratio", self.mask_ratio, "a share above 0 and up to 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,24 +180,21 @@ class Stage1Config:
     run: RunConfig
     optim: OptimConfig
     data: DataConfig = field(default_factory=DataConfig)
-    views: ViewsConfig = field(default_factory=ViewsConfig)
-    method: MoCoV3Config = field(default_factory=MoCoV3Config)
+    views: ViewsConfig = field(default_factory=lambda: ViewsConfig(min_crop_scale=0.08))
+    method: Stage1Method = field(default_factory=MoCoV3Config)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage2Config:
-    """Stage 2: the student, against the frozen teacher."""
+    """Stage 2: the student, against the frozen teacher; or one of the controls, some of which have no teacher."""
 
     backbone: BackboneConfig
     run: RunConfig
     optim: OptimConfig
     data: DataConfig = field(default_factory=DataConfig)
+    views: ViewsConfig = field(default_factory=lambda: ViewsConfig(min_crop_scale=0.67))
     mask: MaskConfig = field(default_factory=MaskConfig)
-    method: MimCoConfig = field(default_factory=MimCoConfig)
+    method: Stage2Method = field(default_factory=MimCoConfig)
     teacher: str = ""
-    """Checkpoint folder of the teacher; empty takes the workspace's stage 1."""
-
-
-def _require(holds: bool, key: str, value: object, expected: str) -> None:
-    if not holds:
-        raise ConfigError(f"{key} {value}", expected=expected)
+    """Where the teacher came from: a checkpoint folder, a file of published weights, `timm/NAME` or a folder of timm's.
+    Empty for methods without one."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def rank() -> int:
@@ -41,6 +42,102 @@ def gather_rows(rows: Tensor) -> Tensor:
     parts = [torch.empty_like(rows) for _ in range(world_size())]
     dist.all_gather(parts, rows.contiguous())
     return torch.cat(parts)
+
+
+def draw_for_all(draw: Callable[[], Tensor]) -> Tensor:
+    """Random numbers that are the same in every process: the first one's.
+
+    One process alone draws just the same, so that the number of processes does not change what is drawn.
+    """
+    drawn = draw()
+    if world_size() > 1:
+        dist.broadcast(drawn, src=0)
+    return drawn
+
+
+def own_part(rows: Tensor) -> Tensor:
+    """This process's share of rows [B · world, …] that all have: [B, …]."""
+    return rows.chunk(world_size())[rank()]
+
+
+def rows_of_all(rows: Tensor, numbers: Tensor) -> Tensor:
+    """Rows by their number among those of all processes, in rank order.
+
+    Args:
+        rows: [n, D] of this process, as many everywhere. No gradient flows through.
+        numbers: [K] int64 in 0 … n · world − 1, the same everywhere.
+
+    Returns:
+        [K, D], the same everywhere.
+    """
+    rows = rows.detach()
+    if world_size() == 1:
+        return rows[numbers]
+    local = numbers - rank() * len(rows)
+    here = (local >= 0) & (local < len(rows))
+    found = rows[local.clamp(0, len(rows) - 1)].float() * here.unsqueeze(1)  # others add what is theirs
+    dist.all_reduce(found)
+    return found.to(rows.dtype)
+
+
+def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
+    """Make batch norm take its statistics over all processes: torch's own on GPUs, ours on CPUs, where torch has none.
+
+    Parameters stay the same objects under the same names.
+    """
+    if device.type == "cuda":
+        synced: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
+        return synced
+    for child in module.modules():
+        if type(child) is nn.BatchNorm1d:
+            child.__class__ = _SyncedBatchNorm
+    return module
+
+
+class _SyncedBatchNorm(nn.BatchNorm1d):
+    """Batch norm over all processes' rows, as many in each."""
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """[B, C] → [B, C]; eval mode is plain batch norm's."""
+        if not self.training:
+            return super().forward(rows)
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        assert self.momentum is not None
+        wide = rows.float()
+        mean = _mean_of_all(wide.mean(dim=0))
+        variance = _mean_of_all((wide - mean).square().mean(dim=0))
+        count = len(rows) * world_size()
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+        normalised = (wide - mean) * (variance + self.eps).rsqrt()
+        if self.affine:
+            normalised = normalised * self.weight + self.bias
+        return normalised.to(rows.dtype)
+
+
+def _mean_of_all(value: Tensor) -> Tensor:
+    result: Tensor = _SumOfAll.apply(value)
+    return result / world_size()
+
+
+class _SumOfAll(torch.autograd.Function):
+    """Sum over processes. Each one's loss depends on every one's value, so gradients are summed too."""
+
+    @staticmethod
+    def forward(_: Any, value: Tensor) -> Tensor:
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> Tensor:
+        total = gradient.clone()
+        dist.all_reduce(total)
+        return total
 
 
 def any_process(flag: bool, device: torch.device) -> bool:

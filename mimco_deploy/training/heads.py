@@ -30,11 +30,13 @@ def mocov3_mlp(layers: int, in_dim: int, hidden_dim: int, out_dim: int) -> nn.Se
     return nn.Sequential(*modules)
 
 
-def image_mlp(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
-    """MimCo's image head: linear, BN, ReLU, linear. Our choice: we did not have the paper's shape.
+def moby_mlp(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
+    """Linear, BN, ReLU, linear: MoBY's projector and predictor, and as our choice MimCo's image head.
 
     Returns:
         [B, in_dim] → [B, out_dim], not normalised.
+
+    Source: arXiv 2105.04553, section 3.
     """
     return nn.Sequential(
         nn.Linear(in_dim, hidden_dim), nn.BatchNorm1d(hidden_dim), nn.ReLU(inplace=True), nn.Linear(hidden_dim, out_dim)

@@ -25,10 +25,10 @@ from mimco_deploy.errors import CheckpointError, TrainingInterrupted
 from mimco_deploy.training.augment import to_input
 from mimco_deploy.training.backbone import Backbone
 from mimco_deploy.training.checkpoint import Checkpoint, load_strictly, save_checkpoint, stage_name
-from mimco_deploy.training.config import RunConfig, Stage1Config, Stage2Config
+from mimco_deploy.training.config import BackboneConfig, RunConfig, Stage1Config, Stage2Config
 from mimco_deploy.training.corpus import Corpus
 from mimco_deploy.training.data import Batches, MakeViews, StepSampler, load_batches, seed_for
-from mimco_deploy.training.distributed import any_process, is_main, rank, world_size
+from mimco_deploy.training.distributed import any_process, is_main, rank, synchronise_batch_norm, world_size
 from mimco_deploy.training.monitor import RunLog, check_alive, check_finite
 from mimco_deploy.training.optim import build_optimizer, clip_gradients
 from mimco_deploy.training.schedules import lr_schedule
@@ -119,7 +119,7 @@ def train(
             cast(Method, method).start_step(step / sampler.total_steps)
             schedule.step_update(step)
             lr = optimizer.param_groups[0]["lr"]
-            metrics = _accumulate_gradients(parallel, batches, corpus, run, step, meter)
+            metrics = _accumulate_gradients(parallel, batches, corpus, config, step, meter)
             clip_gradients(method, config.optim.clip_norm)
             optimizer.step()
             optimizer.zero_grad()
@@ -143,9 +143,15 @@ def train(
 
 
 def _accumulate_gradients(
-    parallel: nn.Module, batches: Batches, corpus: Corpus, run: RunConfig, step: int, meter: _Meter
+    parallel: nn.Module,
+    batches: Batches,
+    corpus: Corpus,
+    config: Stage1Config | Stage2Config,
+    step: int,
+    meter: _Meter,
 ) -> dict[str, Tensor]:
     """Forward and backward over a step's micro-batches; their mean metrics."""
+    run, backbone = config.run, config.backbone
     device = next(parallel.parameters()).device
     means: dict[str, Tensor] = {}
     for micro in range(run.accumulate):
@@ -155,7 +161,7 @@ def _accumulate_gradients(
         torch.manual_seed(seed_for(run.seed, _MODEL_STREAM, step, micro, rank()))
         synchronise = micro == run.accumulate - 1
         with _no_sync(parallel, unless=synchronise), _autocast(device, run.precision):
-            metrics: dict[str, Tensor] = parallel(*(_to_device(view, device) for view in views))
+            metrics: dict[str, Tensor] = parallel(*(_to_device(view, device, backbone) for view in views))
             (metrics["loss"] / run.accumulate).backward()  # type: ignore[no-untyped-call]
         for name, value in metrics.items():
             means[name] = means.get(name, 0.0) + value.detach() / run.accumulate
@@ -188,10 +194,9 @@ def _parallel(method: nn.Module) -> nn.Module:
     if world_size() == 1:
         return method
     device = next(method.parameters()).device
-    if device.type == "cuda":  # gloo has no SyncBatchNorm: on CPUs each process keeps its own statistics
-        method = nn.SyncBatchNorm.convert_sync_batchnorm(method)  # type: ignore[no-untyped-call]
+    method = synchronise_batch_norm(method, device)
     with warnings.catch_warnings():
-        # The name that replaces it is not in torch 2.11, and does more: each process keeps its own queue here.
+        # The name that replaces it is not in torch 2.11. Every process comes to the same buffers by itself.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         return DistributedDataParallel(method, broadcast_buffers=False)
 
@@ -207,9 +212,9 @@ def _autocast(device: torch.device, precision: str) -> AbstractContextManager[ob
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
-def _to_device(view: Tensor, device: torch.device) -> Tensor:
+def _to_device(view: Tensor, device: torch.device, backbone: BackboneConfig) -> Tensor:
     view = view.to(device, non_blocking=True)
-    return to_input(view) if view.dtype == torch.uint8 else view
+    return to_input(view, backbone) if view.dtype == torch.uint8 else view
 
 
 @contextlib.contextmanager

@@ -11,15 +11,17 @@ from mimco_deploy.training.config import OptimConfig
 def build_optimizer(method: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """Build AdamW; the learning rate is set by `schedules.lr_schedule`.
 
-    Where `config.decay_everything` is off, biases, norms and tokens are spared the decay.
+    `config.decay` says what is decayed.
     """
     decayed: list[nn.Parameter] = []
     spared: list[nn.Parameter] = []
     for name, parameter in method.named_parameters():
         if not parameter.requires_grad:
             continue
-        is_matrix = parameter.ndim > 1 and not name.endswith("_token")
-        (decayed if config.decay_everything or is_matrix else spared).append(parameter)
+        is_matrix = parameter.ndim > 1 and not name.endswith(".bias")
+        is_weight = is_matrix and not name.endswith(("_token", "pos_embed"))
+        is_decayed = {"all": True, "matrices": is_matrix, "weights": is_weight}[config.decay]
+        (decayed if is_decayed else spared).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": spared, "weight_decay": 0.0},

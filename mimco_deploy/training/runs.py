@@ -11,13 +11,16 @@ import torch
 
 from mimco_deploy.atomic import current_dir
 from mimco_deploy.errors import CheckpointError, ConfigError, WorkspaceError
-from mimco_deploy.training.checkpoint import Checkpoint, read_checkpoint
-from mimco_deploy.training.config import Stage1Config, Stage2Config
-from mimco_deploy.training.presets import PRESETS, Recipe
-from mimco_deploy.training.settings import apply_settings
+from mimco_deploy.training.checkpoint import Checkpoint, is_checkpoint, read_checkpoint
+from mimco_deploy.training.config import BackboneConfig, DataConfig, Stage1Config, Stage2Config
+from mimco_deploy.training.presets import PRESETS, WITH_TEACHER, Recipe, with_stage1_method, with_stage2_method
+from mimco_deploy.training.published import load_teacher
+from mimco_deploy.training.settings import apply_settings, differences
 
 StageT = TypeVar("StageT", Stage1Config, Stage2Config)
 
+_MAY_CHANGE = ("data.memory_mib", "data.workers", "run.checkpoint_every_steps", "run.log_every_steps")
+"""Settings that a resumed run may be given anew: they do not change what is learned."""
 LAST = "last"
 """Name of the checkpoint in a run's folder."""
 
@@ -28,13 +31,14 @@ class Request:
 
     data: tuple[Path, ...] = ()
     preset: str | None = None
+    method: str | None = None
     epochs: int | None = None
     batch_size: int | None = None
     settings: tuple[str, ...] = ()
     """`section.field=value`, applied last."""
     resume: bool = False
     fresh: bool = False
-    teacher: Path | None = None
+    teacher: str | None = None
     init_from_teacher: bool | None = None
 
     def all_settings(self) -> list[str]:
@@ -67,19 +71,20 @@ def open_stage1(folder: Path, request: Request) -> tuple[Stage1Config, Checkpoin
     checkpoint = _open_folder(folder, "stage1", request)
     if checkpoint is not None:
         assert isinstance(checkpoint.config, Stage1Config)
-        return checkpoint.config, checkpoint
+        return _resumed(checkpoint.config, request), checkpoint
     if not request.data:
         raise ConfigError("no pictures to train on", command="mimco train stage1 --data DIR")
-    recipe = _preset(request.preset or ("vit_small" if torch.cuda.is_available() else "vit_tiny_debug"))
-    return request.apply(recipe.stage1), None
+    config = _preset(request.preset or _default_preset()).stage1
+    return request.apply(with_stage1_method(config, request.method or config.method.name)), None
 
 
-def open_stage2(folder: Path, teacher: Path, request: Request) -> tuple[Stage2Config, Checkpoint | None]:
+def open_stage2(folder: Path, stage1: Path, request: Request) -> tuple[Stage2Config, Checkpoint | None]:
     """The same for stage 2. Pictures, preset and backbone follow the teacher's where none are given.
 
     Args:
         folder: of the stage-2 run.
-        teacher: of the stage-1 run, where the request names no teacher.
+        stage1: folder of the stage-1 run, which is the teacher where the request names none; methods without a teacher
+            take its pictures and backbone if it is there.
         request: the options.
 
     Raises:
@@ -88,26 +93,27 @@ def open_stage2(folder: Path, teacher: Path, request: Request) -> tuple[Stage2Co
     checkpoint = _open_folder(folder, "stage2", request)
     if checkpoint is not None:
         assert isinstance(checkpoint.config, Stage2Config)
-        return checkpoint.config, checkpoint
-    source = (request.teacher or teacher / LAST).resolve()
-    if not current_dir(source).is_dir():
-        raise WorkspaceError(
-            f"no teacher in {source}", expected="a checkpoint", command="mimco train stage1 --data DIR"
-        )
-    teacher_run = read_checkpoint(source)
-    teacher_run.warn_if_unfinished()
-    trained = teacher_run.config
-    recipe = _preset(request.preset or _preset_of(trained.backbone.name))
-    config = dataclasses.replace(recipe.stage2, backbone=trained.backbone, data=trained.data, teacher=str(source))
-    return request.apply(config), None
+        return _resumed(checkpoint.config, request), checkpoint
+    method = request.method or "mimco"
+    source = _source(stage1, request.teacher, needed=method in WITH_TEACHER)
+    backbone, data = _of_source(source) if source else (None, None)
+    if request.preset or backbone is None:
+        recipe = _preset(request.preset or _default_preset())
+    else:
+        recipe = _recipe_for(backbone)
+    if data is None and not request.data:
+        raise ConfigError("no pictures to train on", command="mimco train stage2 --data DIR")
+    config = with_stage2_method(recipe, method)
+    if method in WITH_TEACHER:
+        config = dataclasses.replace(config, teacher=source)
+    return request.apply(dataclasses.replace(config, data=data or config.data)), None
 
 
 def _open_folder(folder: Path, stage: str, request: Request) -> Checkpoint | None:
     last = current_dir(folder / LAST)
     if request.resume:
-        changed = dataclasses.replace(request, resume=False) != Request()
-        if changed:
-            raise ConfigError("--resume with other options", expected="--resume alone: a run keeps its settings")
+        if request.fresh:
+            raise ConfigError("--resume with --fresh", expected="one of them")
         if not last.exists():
             command = "mimco train stage1 --data DIR" if stage == "stage1" else "mimco train stage2"
             raise CheckpointError(f"no run in {folder} to resume", command=command)
@@ -120,14 +126,69 @@ def _open_folder(folder: Path, stage: str, request: Request) -> Checkpoint | Non
     return None
 
 
+def _resumed(config: StageT, request: Request) -> StageT:
+    """The run's own settings; what decides only how fast it goes and how often it tells may be asked for anew."""
+    asked = request.apply(config)
+    changes = list(differences(config, asked))
+    if request.preset is not None:
+        changes.append(("--preset", "settings of its own", request.preset))
+    if request.method not in (None, config.method.name):
+        changes.append(("--method", config.method.name, request.method))
+    if isinstance(config, Stage2Config) and request.teacher is not None:
+        teacher = _source(Path(), request.teacher, needed=True)
+        if teacher != config.teacher:
+            changes.append(("--teacher", config.teacher, teacher))
+    for key, old, new in changes:
+        if key not in _MAY_CHANGE:
+            raise ConfigError(
+                f"--resume with {key} {new}, where the run has {old}", expected="the same, or --fresh to start anew"
+            )
+    return asked
+
+
+def _source(stage1: Path, given: str | None, *, needed: bool) -> str:
+    """Where the teacher is: as given, a path made whole; else the stage-1 run; empty where there is none."""
+    if given is not None:
+        hub = given.startswith("timm/") and not Path(given).exists()
+        return given if hub else str(Path(given).resolve())
+    last = (stage1 / LAST).resolve()
+    if current_dir(last).is_dir():
+        return str(last)
+    if needed:
+        raise WorkspaceError(f"no teacher in {last}", expected="a checkpoint", command="mimco train stage1 --data DIR")
+    return ""
+
+
+def _of_source(source: str) -> tuple[BackboneConfig, DataConfig | None]:
+    """Backbone of a teacher, and the pictures of its run if it is one of ours."""
+    if is_checkpoint(Path(source)):
+        run = read_checkpoint(Path(source))
+        run.warn_if_unfinished()
+        return run.config.backbone, run.config.data
+    return load_teacher(source)[0].config, None
+
+
 def _preset(name: str) -> Recipe:
     if name not in PRESETS:
         raise ConfigError(f"no preset {name}", expected=f"one of {', '.join(sorted(PRESETS))}")
     return PRESETS[name]()
 
 
-def _preset_of(backbone: str) -> str:
-    for name, make in PRESETS.items():
-        if make().stage1.backbone.name == backbone:
-            return name
-    raise ConfigError(f"no preset for the teacher's {backbone}", expected=f"--preset {' or '.join(sorted(PRESETS))}")
+def _default_preset() -> str:
+    return "vit_small" if torch.cuda.is_available() else "vit_tiny_debug"
+
+
+def _recipe_for(backbone: BackboneConfig) -> Recipe:
+    """The preset made for a teacher like this, with a student of the teacher's architecture and sizes."""
+    same_name = [recipe for make in PRESETS.values() if (recipe := make()).stage2.backbone.name == backbone.name]
+    same_size = [recipe for recipe in same_name if recipe.stage2.backbone.image_size_px == backbone.image_size_px]
+    if not same_name:
+        raise ConfigError(
+            f"no preset for the teacher's {backbone.name}", expected=f"--preset {' or '.join(sorted(PRESETS))}"
+        )
+    recipe = (same_size or same_name)[0]
+    plain = recipe.stage2.backbone
+    student = dataclasses.replace(
+        backbone, drop_path=plain.drop_path, global_pool=plain.global_pool, mean=plain.mean, std=plain.std
+    )
+    return dataclasses.replace(recipe, stage2=dataclasses.replace(recipe.stage2, backbone=student))

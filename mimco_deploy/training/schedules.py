@@ -46,7 +46,8 @@ def lr_schedule(
 ) -> CosineLRScheduler:
     """Linear warm-up, then a cosine to the minimum; `step_update(step)` sets the rate of that step.
 
-    The cosine starts where the warm-up ends, as in MoCo v3. All rates scale with the batch, per 256 images.
+    The cosine starts where the warm-up ends, or with `config.cosine_from_start` at step 0. All rates scale with the
+    batch, per 256 images.
 
     Raises:
         ConfigError: the warm-up leaves nothing of the run.
@@ -59,10 +60,10 @@ def lr_schedule(
         group.pop("initial_lr", None)  # a resumed optimiser carries the one of its first start
     return CosineLRScheduler(
         optimizer,
-        t_initial=epochs * steps_per_epoch - warmup_steps,
+        t_initial=epochs * steps_per_epoch - (0 if config.cosine_from_start else warmup_steps),
         lr_min=config.min_lr * scale,
         warmup_t=warmup_steps,
         warmup_lr_init=config.warmup_lr * scale,
-        warmup_prefix=True,
+        warmup_prefix=not config.cosine_from_start,
         t_in_epochs=False,
     )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, TypeVar, cast
 
 from mimco_deploy.errors import ConfigError
@@ -27,6 +28,24 @@ def apply_settings(config: ConfigT, settings: Iterable[str]) -> ConfigT:
     return config
 
 
+def differences(ours: Any, theirs: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Keys at which two configs differ, with both values."""
+    a, b = dict(leaves(ours)), dict(leaves(theirs))
+    for key in [*a, *(key for key in b if key not in a)]:
+        if a.get(key) != b.get(key):
+            yield key, a.get(key), b.get(key)
+
+
+def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting of a config with its whole key."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value, f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}", value
+
+
 def to_document(config: Any) -> dict[str, Any]:
     """A config as plain JSON types."""
     return dataclasses.asdict(config)
@@ -41,13 +60,21 @@ def from_document(kind: type[ConfigT], document: dict[str, Any]) -> ConfigT:
     hints = typing.get_type_hints(kind)
     if set(document) != set(hints):
         raise ConfigError(f"{kind.__name__} with {sorted(document)}", expected=f"exactly {sorted(hints)}")
-    values = {
-        name: from_document(cast(Any, hint), document[name])
-        if dataclasses.is_dataclass(hint)
-        else _as_tuple(document[name])
-        for name, hint in hints.items()
-    }
-    return kind(**values)
+    return kind(**{name: _from_json(hint, document[name]) for name, hint in hints.items()})
+
+
+def _from_json(hint: Any, value: Any) -> Any:
+    if isinstance(hint, types.UnionType):
+        hint = _named(hint, value.get("name"))
+    return from_document(cast(Any, hint), value) if dataclasses.is_dataclass(hint) else _as_tuple(value)
+
+
+def _named(union: Any, name: Any) -> Any:
+    """Of several methods' settings, the class whose `name` it is."""
+    kinds = {member.name: member for member in typing.get_args(union)}
+    if name not in kinds:
+        raise ConfigError(f"method {name}", expected=f"one of {', '.join(sorted(kinds))}")
+    return kinds[name]
 
 
 def _as_tuple(value: Any) -> Any:
@@ -57,20 +84,12 @@ def _as_tuple(value: Any) -> Any:
 def _replace(config: Any, whole_key: str, path: list[str], text: str) -> Any:
     hints = typing.get_type_hints(type(config))
     name, *rest = path
-    if name not in hints or bool(rest) != dataclasses.is_dataclass(hints[name]):
+    if name not in hints or bool(rest) != dataclasses.is_dataclass(getattr(config, name)):
         prefix = whole_key.removesuffix(".".join(path))
-        near = difflib.get_close_matches(whole_key, list(_keys(type(config), prefix)), n=1, cutoff=0.0)
+        near = difflib.get_close_matches(whole_key, [key for key, _ in leaves(config, prefix)], n=1, cutoff=0.0)
         raise ConfigError(f"no setting {whole_key}", expected=f"one of the run's settings, nearest {near[0]}")
     value = _replace(getattr(config, name), whole_key, rest, text) if rest else _parse(hints[name], text, whole_key)
     return dataclasses.replace(config, **{name: value})
-
-
-def _keys(kind: Any, prefix: str = "") -> Iterable[str]:
-    for name, hint in typing.get_type_hints(kind).items():
-        if dataclasses.is_dataclass(hint):
-            yield from _keys(hint, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}"
 
 
 def _parse(hint: Any, text: str, key: str) -> Any:

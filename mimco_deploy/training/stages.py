@@ -9,17 +9,35 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch import nn
 
-from mimco_deploy.errors import ConfigError
-from mimco_deploy.training.augment import MaskedView, TwoViews
-from mimco_deploy.training.checkpoint import Checkpoint, load_encoder, read_checkpoint
+from mimco_deploy.errors import CheckpointError, ConfigError
+from mimco_deploy.training.augment import MaskedTwoViews, OneCrop, TwoViews
+from mimco_deploy.training.backbone import Backbone
+from mimco_deploy.training.checkpoint import Checkpoint
 from mimco_deploy.training.config import Stage1Config, Stage2Config
 from mimco_deploy.training.corpus import Corpus, load_corpus
+from mimco_deploy.training.data import MakeViews
 from mimco_deploy.training.distributed import is_main, process_group, world_size
 from mimco_deploy.training.loop import StepReport, fit_batch, train
-from mimco_deploy.training.masking import mask_shape
+from mimco_deploy.training.method_config import (
+    FDConfig,
+    JointConfig,
+    MAEConfig,
+    MimCoConfig,
+    MoBYConfig,
+    MoCoV3Config,
+    Pooling,
+    SimMIMConfig,
+)
+from mimco_deploy.training.methods.fd import FD
+from mimco_deploy.training.methods.joint import Joint
+from mimco_deploy.training.methods.mae import MAE
 from mimco_deploy.training.methods.mimco import MimCo
+from mimco_deploy.training.methods.moby import MoBY
 from mimco_deploy.training.methods.mocov3 import MoCoV3
+from mimco_deploy.training.methods.simmim import SimMIM
+from mimco_deploy.training.published import load_teacher
 from mimco_deploy.training.schedules import check_warmup
 from mimco_deploy.workspace import set_aside
 
@@ -35,7 +53,7 @@ OnStep = Callable[[StepReport], None]
 def train_stage1(
     config: Stage1Config, folder: Path, *, resume: Checkpoint | None = None, on_step: OnStep = lambda _: None
 ) -> None:
-    """Train the contrastive teacher with MoCo v3.
+    """Train the contrastive teacher with MoCo v3 or MoBY.
 
     Args:
         config: settings; those of the checkpoint where the run is resumed.
@@ -50,36 +68,78 @@ def train_stage1(
         corpus = load_corpus(config.data)
         config = _fit(config, corpus, resume)
         torch.manual_seed(config.run.seed)
-        method = MoCoV3(config.backbone, config.method).to(device)
+        method: nn.Module
+        match config.method:
+            case MoCoV3Config():
+                method = MoCoV3(config.backbone, config.method)
+            case MoBYConfig():
+                method = MoBY(config.backbone, config.method)
         make_views = TwoViews(config.backbone.image_size_px, config.views)
         _prepare_folder(folder, resume)
-        train(method, config, corpus, make_views, folder, resume=resume, on_step=on_step)
+        train(method.to(device), config, corpus, make_views, folder, resume=resume, on_step=on_step)
 
 
 def train_stage2(
     config: Stage2Config, folder: Path, *, resume: Checkpoint | None = None, on_step: OnStep = lambda _: None
 ) -> None:
-    """Train the student with MimCo against the frozen teacher that `config.teacher` names.
+    """Train the student: with MimCo against the frozen teacher that `config.teacher` names, or with a control.
 
     Args:
         config: settings; those of the checkpoint where the run is resumed.
         folder: of the run; its `last/` is what gets exported.
-        resume: where to go on from.
+        resume: where to go on from; it holds the teacher too.
         on_step: called at every logged step.
 
     Raises:
-        MimcoError: see `load_corpus`, `checkpoint.load_encoder` and `loop.train`.
+        MimcoError: see `load_corpus`, `published.load_teacher` and `loop.train`.
     """
     with process_group() as device:
-        teacher, teacher_pooling = load_encoder(read_checkpoint(Path(config.teacher)))
+        teacher = _teacher(config, resume)
         corpus = load_corpus(config.data)
         config = _fit(config, corpus, resume)
         torch.manual_seed(config.run.seed)
-        masked = mask_shape(config.backbone, config.mask).masked_patches
-        method = MimCo(config.backbone, teacher, teacher_pooling, masked, config.method).to(device)
-        make_views = MaskedView(config.backbone, config.mask)
+        method, make_views = build_stage2(config, teacher)
         _prepare_folder(folder, resume)
-        train(method, config, corpus, make_views, folder, resume=resume, on_step=on_step)
+        train(method.to(device), config, corpus, make_views, folder, resume=resume, on_step=on_step)
+
+
+def build_stage2(config: Stage2Config, teacher: tuple[Backbone, Pooling] | None) -> tuple[nn.Module, MakeViews]:
+    """The method of stage 2 that `config` names, and the views that it takes.
+
+    Raises:
+        ConfigError: backbone, teacher and masks do not fit each other.
+    """
+    backbone, mask, side, views = config.backbone, config.mask, config.backbone.image_size_px, config.views
+    if mask.kind.startswith("attention") and not isinstance(config.method, MimCoConfig):
+        raise ConfigError(f"mask.kind {mask.kind} for {config.method.name}", expected="random or rectangles")
+    match config.method:
+        case MimCoConfig():
+            assert teacher is not None
+            mimco = MimCo(backbone, *teacher, mask, config.method)
+            return mimco, OneCrop(side, views, mimco.mask_shape, mask.kind)
+        case FDConfig():
+            assert teacher is not None
+            return FD(backbone, *teacher, config.method), OneCrop(side, views)
+        case SimMIMConfig():
+            simmim = SimMIM(backbone, mask)
+            return simmim, OneCrop(side, views, simmim.mask_shape, mask.kind)
+        case MAEConfig():
+            mae = MAE(backbone, mask, config.method)
+            return mae, OneCrop(side, views, mae.mask_shape, mask.kind)
+        case JointConfig():
+            joint = Joint(backbone, mask, config.method)
+            return joint, MaskedTwoViews(side, views, joint.mask_shape, mask.kind)
+
+
+def _teacher(config: Stage2Config, resume: Checkpoint | None) -> tuple[Backbone, Pooling] | None:
+    """The teacher from its source; of a resumed run a blank one, whose weights come with the checkpoint."""
+    if not isinstance(config.method, MimCoConfig | FDConfig):
+        return None
+    if resume is None:
+        return load_teacher(config.teacher)
+    if resume.teacher is None:
+        raise CheckpointError(f"{resume.path} tells of no teacher", expected="a checkpoint of a run with one")
+    return Backbone(resume.teacher.backbone), resume.teacher.pooling
 
 
 def _prepare_folder(folder: Path, resume: Checkpoint | None) -> None:

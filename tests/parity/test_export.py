@@ -27,9 +27,9 @@ from mimco_deploy.training.config import BackboneConfig, OptimConfig, RunConfig,
 from mimco_deploy.training.optim import build_optimizer
 
 BACKBONE = BackboneConfig(
-    name="vit_tiny_patch16_224", image_size_px=32, patch_size_px=8, embed_dim=24, depth=2, num_heads=3
+    name="vit_tiny_patch16_224", image_size_px=32, patch_size_px=8, embed_dim=24, depth=(2,), num_heads=(3,)
 )
-OPTIM = OptimConfig(base_lr=1e-3, weight_decay=0.05, decay_everything=False)
+OPTIM = OptimConfig(base_lr=1e-3, weight_decay=0.05, decay="weights")
 
 
 class _Method(torch.nn.Module):
@@ -94,7 +94,7 @@ def test_fingerprint_follows_weights_pooling_and_geometry(
     prints.add(student.fingerprint(EncoderModule(backbone, "mean")))
     monkeypatch.undo()
     with torch.no_grad():
-        backbone.body.cls_token += 1e-3  # type: ignore[assignment,operator]
+        backbone.body.cls_token += 1e-3
     prints.add(student.fingerprint(EncoderModule(backbone, "mean")))
     assert len(prints) == 4
 
@@ -160,7 +160,7 @@ def test_an_export_that_fails_its_proof_leaves_the_old_bundle(
 
 def test_weights_that_do_not_fit_are_refused_by_name(checkpoint: Checkpoint, tmp_path: Path) -> None:
     document = json.loads((checkpoint.path / "config.json").read_text(encoding="utf-8"))
-    document["config"]["backbone"]["depth"] = 3
+    document["config"]["backbone"]["depth"] = [3]
     other = tmp_path / "last"
     other.mkdir()
     (other / "config.json").write_text(json.dumps(document), encoding="utf-8")

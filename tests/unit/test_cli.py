@@ -128,7 +128,7 @@ def test_a_missing_index_names_the_command_that_makes_it(tmp_path: Path) -> None
 
 def test_a_missing_teacher_names_the_command_that_trains_it(tmp_path: Path) -> None:
     refused(mimco(tmp_path, "train", "stage2"), "no teacher in", "run: mimco train stage1 --data DIR")
-    refused(mimco(tmp_path, "train", "stage2", "--teacher", tmp_path / "nowhere"), "nowhere", "mimco train stage1")
+    refused(mimco(tmp_path, "train", "stage2", "--teacher", tmp_path / "nowhere"), "no file", "nowhere", "timm/NAME")
 
 
 def test_a_missing_student_names_the_command_that_trains_it(tmp_path: Path) -> None:
@@ -145,13 +145,11 @@ def test_resuming_without_a_run_is_refused(stage: str, tmp_path: Path) -> None:
     refused(mimco(tmp_path, "train", stage, "--resume"), "no run in", stage)
 
 
-def test_resuming_with_other_settings_is_refused(tmp_path: Path) -> None:
-    refused(mimco(tmp_path, "train", "stage1", "--resume", "--epochs", "3"), "--resume alone")
-
-
 def test_an_unknown_preset_or_setting_is_answered_with_known_ones(tmp_path: Path) -> None:
     start = ("train", "stage1", "--data", tmp_path)
-    refused(mimco(tmp_path, *start, "--preset", "vit_huge"), "vit_huge", "vit_small, vit_tiny_debug")
+    refused(
+        mimco(tmp_path, *start, "--preset", "vit_huge"), "vit_huge", "expected one of swin_tiny, vit_base, vit_small"
+    )
     refused(mimco(tmp_path, *start, "--set", "run.epoch=3"), "no setting run.epoch;", "nearest run.epochs")
     refused(mimco(tmp_path, *start, "--set", "run.epochs=three"), "run.epochs=three", "int")
 

@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import types
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +33,7 @@ ALL_PAGES = pytest.mark.parametrize("page", PAGES, ids=NAMES)
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
-SETTING = re.compile(r"(?<![\w.])(?:backbone|run|optim|data|views|mask|method)\.[a-z]\w*")
+SETTING = re.compile(r"(?<![\w.])(?:backbone|run|optim|data|views|mask|method)(?:\.[a-z]\w*)+")
 
 
 def text_of(page: Path) -> str:
@@ -65,10 +66,12 @@ def settings_of(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def setting_names(kind: Any, prefix: str = "") -> Iterator[str]:
     for name, hint in typing.get_type_hints(kind).items():
-        if dataclasses.is_dataclass(hint):
-            yield from setting_names(hint, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}"
+        members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        for member in members:
+            if dataclasses.is_dataclass(member):
+                yield from setting_names(member, f"{prefix}{name}.")
+            else:
+                yield f"{prefix}{name}"
 
 
 # ---------------------------------------------------------------------------------------------------- command line

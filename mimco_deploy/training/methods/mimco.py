@@ -9,26 +9,36 @@ evaluation.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import dataclasses
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mimco_deploy.errors import ConfigError
-from mimco_deploy.training.backbone import Backbone
-from mimco_deploy.training.config import BackboneConfig, MimCoConfig
-from mimco_deploy.training.distributed import gather_rows, rank
-from mimco_deploy.training.heads import image_mlp
-from mimco_deploy.training.losses import info_nce
+from mimco_deploy.training.backbone import Backbone, Features
+from mimco_deploy.training.config import BackboneConfig, MaskConfig
+from mimco_deploy.training.distributed import draw_for_all, gather_rows, own_part, rank, rows_of_all, world_size
+from mimco_deploy.training.heads import moby_mlp
+from mimco_deploy.training.losses import first_of, info_nce, regression
+from mimco_deploy.training.masking import MaskShape, mask_attended, mask_shape
+from mimco_deploy.training.method_config import MimCoConfig, PatchLossConfig, Pooling
+from mimco_deploy.training.momentum import KeyQueue
 from mimco_deploy.training.monitor import spread
+from mimco_deploy.training.teacher import Teacher
 
 _QUEUE_LASTS = 4
 """Micro-batches that a token stays in the queue, at least."""
 
 
 def patch_logits(
-    queries: Tensor, tokens: Tensor, positions: Tensor, *, intra: bool, batch_draw: Tensor | None, queue: Tensor | None
+    queries: Tensor,
+    tokens: Tensor,
+    positions: Tensor,
+    *,
+    intra: bool,
+    batch: tuple[Tensor, Tensor] | None = None,
+    queue: Tensor | None = None,
 ) -> Tensor:
     """Cosines of each masked patch with its positive and its negatives.
 
@@ -37,8 +47,8 @@ def patch_logits(
         tokens: [B, L, P] teacher's tokens of the whole image, not normalised; no gradient is sent to them.
         positions: [B, M] int64, which of the L tokens each query stands for.
         intra: take the other tokens of the same image as negatives.
-        batch_draw: [K] int64 indices into the batch's B · L tokens to take as negatives, those of the query's own image
-            left out; or None.
+        batch: [K, P] tokens of the batch, not normalised, to take as negatives, and [K] the image that each is of,
+            counted from this process's first; a query's own image is left out. Or None.
         queue: [K, P] L2-normalised tokens of earlier batches, or None.
 
     Returns:
@@ -50,28 +60,14 @@ def patch_logits(
     logits = [own.gather(2, place)]
     if intra:
         logits.append(own.scatter(2, place, -torch.inf))
-    if batch_draw is not None:
-        others = queries @ tokens.flatten(0, 1)[batch_draw].T  # [B, M, K]
-        image_of_key = batch_draw // tokens.shape[1]
+    if batch is not None:
+        keys, image_of_key = batch
+        others = queries @ F.normalize(keys.detach(), dim=1).to(queries.dtype).T  # [B, M, K]
         same_image = image_of_key == torch.arange(len(tokens), device=tokens.device).unsqueeze(1)  # [B, K]
         logits.append(others.masked_fill(same_image.unsqueeze(1), -torch.inf))
     if queue is not None:
         logits.append(queries @ queue.to(queries.dtype).T)
     return torch.cat(logits, dim=2)
-
-
-def patch_loss(logits: Tensor, temperature: float) -> Tensor:
-    """Contrastive reconstruction of the masked patches: mean over them of −log softmax(logits/τ)[positive].
-
-    Args:
-        logits: [B, M, 1 + negatives] from `patch_logits`.
-        temperature: τ
-
-    Returns:
-        Scalar, near log(1 + negatives) by chance.
-    """
-    flat = logits.flatten(0, 1).float() / temperature
-    return F.cross_entropy(flat, torch.zeros(len(flat), dtype=torch.int64, device=flat.device))
 
 
 def image_loss(queries: Tensor, keys: Tensor, temperature: float, first_positive: int = 0) -> Tensor:
@@ -89,29 +85,69 @@ def image_loss(queries: Tensor, keys: Tensor, temperature: float, first_positive
     return info_nce(queries, keys, temperature, first_positive)
 
 
-class TokenQueue(nn.Module):
-    """First-in first-out store of L2-normalised teacher tokens; part of the checkpoint. Starts with random directions.
+class PatchLevel(nn.Module):
+    """The loss over masked patches: a linear head, and where negatives come from.
 
     Args:
-        size: K
-        dim: P
+        width: D of the student's tokens.
+        target_width: P of the teacher's.
+        config: kind of loss, temperature, dictionaries.
     """
 
-    def __init__(self, size: int, dim: int) -> None:
+    def __init__(self, width: int, target_width: int, config: PatchLossConfig) -> None:
         super().__init__()
-        self.register_buffer("rows", F.normalize(torch.randn(size, dim), dim=1))
-        self.register_buffer("pushed", torch.zeros((), dtype=torch.int64))
-        self.rows: Tensor
-        self.pushed: Tensor
+        self.config = config
+        self.head = nn.Linear(width, target_width)
+        wanted = config.kind == "contrastive" and "queue" in config.dictionaries
+        self.queue = KeyQueue(config.queue_size, target_width) if wanted else None
 
-    @torch.no_grad()
-    def push(self, rows: Tensor) -> None:
-        """Overwrite the oldest rows by `rows` [n, P]; the last K of them where n > K."""
-        size = len(self.rows)
-        rows = F.normalize(rows[-size:].to(self.rows.dtype), dim=1)
-        at = (self.pushed + torch.arange(len(rows), device=rows.device)) % size
-        self.rows[at] = rows
-        self.pushed += len(rows)
+    def forward(self, student: Tensor, target: Tensor, positions: Tensor) -> dict[str, Tensor]:
+        """The loss of one micro-batch.
+
+        Args:
+            student: [B, L, D] tokens of the masked image.
+            target: [B, L, P] teacher's tokens of the whole image.
+            positions: [B, M] int64, the masked ones.
+
+        Returns:
+            `patch_loss`, near log(1 + negatives) by chance where it is contrastive, and for the log
+            `patch_accuracy` (of contrastive losses) and `positive_similarity`.
+        """
+        queries = self.head(_at(student, positions))  # [B, M, P]
+        if self.config.kind != "contrastive":
+            truth = _at(target, positions)
+            similarity = F.cosine_similarity(queries.detach(), truth, dim=2)
+            return {
+                "patch_loss": regression(queries, truth, self.config.kind),
+                "positive_similarity": similarity.float().mean(),
+            }
+        logits = patch_logits(
+            queries,
+            target,
+            positions,
+            intra="intra" in self.config.dictionaries,
+            batch=self._draw_from_batch(target) if "batch" in self.config.dictionaries else None,
+            queue=self.queue.rows.clone() if self.queue is not None else None,  # the push below comes before backward
+        )
+        if self.queue is not None:
+            share = max(1, len(self.queue.rows) // _QUEUE_LASTS)
+            self.queue.push(self._draw(target, share)[0])
+        return {
+            "patch_loss": first_of(logits.flatten(0, 1), self.config.temperature),
+            "patch_accuracy": (logits.detach().argmax(dim=2) == 0).float().mean(),
+            "positive_similarity": logits.detach()[..., 0].float().mean(),
+        }
+
+    def _draw_from_batch(self, target: Tensor) -> tuple[Tensor, Tensor]:
+        keys, drawn = self._draw(target, self.config.batch_keys)
+        return keys, drawn // target.shape[1] - rank() * len(target)
+
+    def _draw(self, target: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Up to `count` tokens of all processes' images, the same in each, and their numbers among all."""
+        tokens = target.flatten(0, 1)
+        total = len(tokens) * world_size()
+        drawn = draw_for_all(lambda: torch.randperm(total, device=tokens.device)[:count])
+        return rows_of_all(tokens, drawn), drawn
 
 
 class MimCo(nn.Module):
@@ -119,38 +155,38 @@ class MimCo(nn.Module):
 
     Args:
         backbone: of the student.
-        teacher: frozen here; it stays in eval mode whatever the rest is in. Its grid must be the student's.
-        teacher_pooling: how the teacher was trained to give one vector an image: `cls` for MoCo v3.
-        masked_tokens: M, masked patches an image.
+        teacher: frozen here.
+        teacher_pooling: how the teacher was trained to give one vector an image: `cls` for MoCo v3's ViT.
+        mask: unit, ratio and kind.
         config: losses and heads.
 
     Raises:
-        ConfigError: the grids differ, or the student cannot start from this teacher.
+        ConfigError: the grids differ, the mask does not fit, or the student cannot start from this teacher.
     """
 
     def __init__(
-        self, backbone: BackboneConfig, teacher: Backbone, teacher_pooling: str, masked_tokens: int, config: MimCoConfig
+        self,
+        backbone: BackboneConfig,
+        teacher: Backbone,
+        teacher_pooling: Pooling,
+        mask: MaskConfig,
+        config: MimCoConfig,
     ) -> None:
         super().__init__()
-        _check(backbone, teacher.config, config)
         self.config = config
-        self.masked_tokens = masked_tokens
-        self.teacher = teacher.requires_grad_(False).eval()
-        self.teacher_pooling = teacher_pooling
         self.encoder = Backbone(backbone)
+        self.mask_token = self.encoder.new_mask_token()
+        self.mask_kind = mask.kind
+        self.mask_shape = mask_shape(backbone.image_size_px, self.encoder.patch_px, mask)
+        check_unit(self.encoder, mask)
         if config.init_from_teacher:
-            self.encoder.load_state_dict(teacher.state_dict())
-        width, target = backbone.embed_dim, teacher.config.embed_dim
-        self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, width), std=0.02))
-        self.patch_head = nn.Linear(width, target)
-        self.image_head = image_mlp(width, config.hidden_dim, target)
-        self.queue = TokenQueue(config.queue_size, target) if "queue" in config.dictionaries else None
-
-    def train(self, mode: bool = True) -> MimCo:
-        """Set the mode of everything but the teacher."""
-        super().train(mode)
-        self.teacher.eval()
-        return self
+            start_from(self.encoder, teacher)
+        self.teacher = Teacher(teacher, teacher_pooling, self.encoder, config.teacher_image_size_px)
+        width = self.encoder.width
+        self.patch_level = PatchLevel(width, self.teacher.width, config.patch) if config.patch.weight else None
+        self.image_head = (
+            moby_mlp(width, config.image.hidden_dim, self.teacher.own_width) if config.image.weight else None
+        )
 
     def start_step(self, progress: float) -> None:
         """Nothing moves with the schedule here: the teacher is frozen."""
@@ -160,60 +196,87 @@ class MimCo(nn.Module):
 
         Args:
             images: [B, 3, H, W]
-            mask: [B, h, w] bool, True = masked; M in each image.
+            mask: [B, h, w] bool, True = masked; as many in each image. Not read where the teacher's attention masks.
 
         Returns:
-            `loss` and its parts, and for the log `feature_spread`, `patch_accuracy` and `positive_similarity`.
+            `loss` and its parts, and for the log `feature_spread` and what `PatchLevel` gives.
         """
-        with torch.no_grad():
-            target = self.teacher(images)
+        target, mask = target_and_mask(self.teacher, images, mask, self.mask_kind, self.mask_shape)
         student = self.encoder(images, mask, self.mask_token)
-
-        positions = (
-            mask.flatten(1).to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : self.masked_tokens]
-        )
-        rows = positions.unsqueeze(2).expand(-1, -1, student.patches.shape[2])
-        queries = self.patch_head(student.patches.gather(1, rows))  # [B, M, P]
-        logits = patch_logits(
-            queries,
-            target.patches,
-            positions,
-            intra="intra" in self.config.dictionaries,
-            batch_draw=self._draw_from_batch(target.patches) if "batch" in self.config.dictionaries else None,
-            queue=self.queue.rows.clone() if self.queue is not None else None,  # the push below comes before backward
-        )
-        patch = patch_loss(logits, self.config.patch_temperature)
-
+        parts: dict[str, Tensor] = {}
+        loss = torch.zeros((), device=images.device)
+        if self.patch_level is not None:
+            positions = masked_positions(mask, self.encoder, self.mask_shape)
+            parts |= self.patch_level(student.patches, target.patches, positions)
+            loss = loss + self.config.patch.weight * parts["patch_loss"]
         pooled = student.pooled(self.config.pooling)  # [B, D]
-        keys = gather_rows(target.pooled(self.teacher_pooling))  # [N, P]
-        image = image_loss(self.image_head(pooled), keys, self.config.image_temperature, rank() * len(images))
-
-        if self.queue is not None:
-            flat = target.patches.flatten(0, 1)
-            share = max(1, len(self.queue.rows) // _QUEUE_LASTS)
-            self.queue.push(flat[torch.randperm(len(flat), device=flat.device)[:share]])
+        if self.image_head is not None:
+            keys = gather_rows(target.pooled(self.teacher.pooling))  # [N, P]
+            own = rank() * len(images)
+            parts["image_loss"] = image_loss(self.image_head(pooled), keys, self.config.image.temperature, own)
+            loss = loss + self.config.image.weight * parts["image_loss"]
         return {
-            "loss": self.config.patch_weight * patch + self.config.image_weight * image,
-            "patch_loss": patch.detach(),
-            "image_loss": image.detach(),
-            "patch_accuracy": (logits.detach().argmax(dim=2) == 0).float().mean(),
-            "positive_similarity": logits.detach()[..., 0].float().mean(),
+            "loss": loss,
+            **{name: value.detach() for name, value in parts.items()},
             "feature_spread": spread(pooled),
         }
 
-    def _draw_from_batch(self, tokens: Tensor) -> Tensor:
-        count = tokens.shape[0] * tokens.shape[1]
-        return torch.randperm(count, device=tokens.device)[: self.config.batch_keys]
+
+def target_and_mask(
+    teacher: Teacher, images: Tensor, mask: Tensor, kind: str, shape: MaskShape
+) -> tuple[Features, Tensor]:
+    """The teacher's features of whole images, and the mask: as drawn, or by the teacher's attention where `kind` asks.
+
+    Args:
+        teacher: frozen, or a momentum encoder.
+        images: [B, 3, H, W]
+        mask: [B, h, w] bool as drawn.
+        kind: `mask.kind`
+        shape: of the mask.
+    """
+    if not kind.startswith("attention"):
+        return teacher(images), mask
+    features, scores = teacher.attend(images)
+    noise = None
+    if kind == "attention_hints":
+        count = len(images) * world_size()
+        noise = own_part(draw_for_all(lambda: torch.rand(count, shape.side**2, device=images.device)))
+    return features, mask_attended(shape, scores, noise)
 
 
-def _check(student: BackboneConfig, teacher: BackboneConfig, config: MimCoConfig) -> None:
-    known: Collection[str] = ("intra", "batch", "queue")
-    if not config.dictionaries or not set(config.dictionaries) <= set(known):
-        raise ConfigError(f"method.dictionaries {config.dictionaries}", expected=f"one or more of {', '.join(known)}")
-    if (student.grid, student.image_size_px) != (teacher.grid, teacher.image_size_px):
+def masked_positions(mask: Tensor, encoder: Backbone, shape: MaskShape) -> Tensor:
+    """[B, h, w] bool over embedded patches → [B, M] int64, the masked ones among the encoder's L output tokens."""
+    ratio = encoder.stride_px // encoder.patch_px  # patches merged into one token: 1 in a ViT
+    hidden = mask[:, ::ratio, ::ratio].flatten(1)  # [B, L]
+    order = hidden.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+    return order[:, : shape.masked_patches // ratio**2]
+
+
+def check_unit(encoder: Backbone, mask: MaskConfig) -> None:
+    """Refuse a mask under which an output token would be masked in part.
+
+    Raises:
+        ConfigError: the mask's unit is no whole number of the encoder's output tokens.
+    """
+    if mask.mask_patch_size_px % encoder.stride_px:
         raise ConfigError(
-            f"a student of {student.grid}×{student.grid} patches at {student.image_size_px} px",
-            expected=f"the teacher's {teacher.grid}×{teacher.grid} at {teacher.image_size_px} px",
+            f"mask.mask_patch_size_px {mask.mask_patch_size_px} for tokens of {encoder.stride_px} px",
+            expected=f"a multiple of {encoder.stride_px}, so that each token is masked as a whole or not at all",
         )
-    if config.init_from_teacher and student != teacher:
-        raise ConfigError(f"init_from_teacher with a student {student}", expected=f"the teacher's backbone {teacher}")
+
+
+def start_from(encoder: Backbone, teacher: Backbone) -> None:
+    """Give a student its teacher's weights.
+
+    Raises:
+        ConfigError: they are of different shapes, drop path aside.
+    """
+    same = dataclasses.replace(teacher.config, drop_path=encoder.config.drop_path, global_pool="")
+    if encoder.config != same:
+        raise ConfigError(f"init_from_teacher with a student {encoder.config}", expected=f"the teacher's {same}")
+    encoder.load_state_dict(teacher.state_dict())
+
+
+def _at(tokens: Tensor, positions: Tensor) -> Tensor:
+    """Rows of [B, L, D] at positions [B, M] → [B, M, D]."""
+    return tokens.gather(1, positions.unsqueeze(2).expand(-1, -1, tokens.shape[2]))

@@ -11,11 +11,14 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from mimco_deploy.errors import ConfigError
 from mimco_deploy.training.backbone import Backbone
-from mimco_deploy.training.config import BackboneConfig, MoCoV3Config
+from mimco_deploy.training.config import BackboneConfig
 from mimco_deploy.training.distributed import gather_rows, rank
 from mimco_deploy.training.heads import mocov3_mlp
 from mimco_deploy.training.losses import info_nce
+from mimco_deploy.training.method_config import MoCoV3Config
+from mimco_deploy.training.momentum import ema_update
 from mimco_deploy.training.monitor import spread
 from mimco_deploy.training.schedules import momentum_at
 
@@ -41,15 +44,20 @@ class MoCoV3(nn.Module):
     """Online encoder, its momentum copy, and the symmetric loss.
 
     Args:
-        backbone: of both encoders; the patch embedding stays the random projection it starts as.
+        backbone: of both encoders, a ViT; the patch embedding stays the random projection it starts as.
         config: temperature, momentum and head sizes.
+
+    Raises:
+        ConfigError: the backbone has no CLS token.
     """
 
     def __init__(self, backbone: BackboneConfig, config: MoCoV3Config) -> None:
         super().__init__()
         self.config = config
-        width, hidden, out = backbone.embed_dim, config.hidden_dim, config.projection_dim
         self.encoder = Backbone(backbone, frozen_patch_embed=True)
+        if self.encoder.own_pooling != "cls":
+            raise ConfigError(f"MoCo v3 with {backbone.name}", expected="a ViT with a CLS token, or --method moby")
+        width, hidden, out = self.encoder.width, config.hidden_dim, config.projection_dim
         self.projector = mocov3_mlp(3, width, hidden, out)
         self.predictor = mocov3_mlp(2, out, hidden, out)
         self.momentum_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
@@ -63,13 +71,10 @@ class MoCoV3(nn.Module):
         """
         self.update_momentum_encoder(momentum_at(progress, self.config.momentum))
 
-    @torch.no_grad()
     def update_momentum_encoder(self, momentum: float) -> None:
-        """EMA over parameters: m · old + (1 − m) · new. Batch-norm statistics are the momentum encoder's own."""
-        pairs = ((self.encoder, self.momentum_encoder), (self.projector, self.momentum_projector))
-        for online, slow in pairs:
-            for new, old in zip(online.parameters(), slow.parameters(), strict=True):
-                old.lerp_(new, 1.0 - momentum)
+        """Move the momentum encoder and its projector towards the online ones."""
+        ema_update(self.momentum_encoder, self.encoder, momentum)
+        ema_update(self.momentum_projector, self.projector, momentum)
 
     def forward(self, view1: Tensor, view2: Tensor) -> dict[str, Tensor]:
         """The loss of one micro-batch.
@@ -81,11 +86,11 @@ class MoCoV3(nn.Module):
         Returns:
             `loss`, and for the log `feature_spread`.
         """
-        features1, features2 = self.encoder(view1).cls, self.encoder(view2).cls  # [B, D]
+        features1, features2 = self.encoder(view1).own, self.encoder(view2).own  # [B, D]
         query1, query2 = self.predictor(self.projector(features1)), self.predictor(self.projector(features2))  # [B, P]
         with torch.no_grad():
-            key1 = gather_rows(self.momentum_projector(self.momentum_encoder(view1).cls))  # [N, P]
-            key2 = gather_rows(self.momentum_projector(self.momentum_encoder(view2).cls))
+            key1 = gather_rows(self.momentum_projector(self.momentum_encoder(view1).own))  # [N, P]
+            key2 = gather_rows(self.momentum_projector(self.momentum_encoder(view2).own))
         own = rank() * len(view1)
         tau = self.config.temperature
         loss = contrastive_loss(query1, key2, tau, own) + contrastive_loss(query2, key1, tau, own)

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from mimco_deploy.errors import TrainingError
-from mimco_deploy.training.augment import MaskedView
+from mimco_deploy.training.augment import OneCrop
 from mimco_deploy.training.checkpoint import read_checkpoint
-from mimco_deploy.training.config import MaskConfig
 from mimco_deploy.training.corpus import load_corpus
 from mimco_deploy.training.loop import train
+from mimco_deploy.training.masking import mask_shape
 from mimco_deploy.training.monitor import COLLAPSED, RunLog, check_alive, spread
 from mimco_deploy.training.stages import train_stage1
-from tests.unit.training.small import BACKBONE, Stub, draw_photos, rows_of, stage1_config
+from tests.unit.training.small import MASK, Stub, draw_photos, rows_of, stage1_config
 
 Rows = dict[str, Tensor]
 
@@ -50,7 +50,7 @@ class Faulty(Stub):
 def run(method: Stub, photos: Path, folder: Path, **settings: Any) -> None:
     folder.mkdir(exist_ok=True)
     config = stage1_config(photos, **settings)
-    train(method, config, load_corpus(config.data), MaskedView(BACKBONE, MaskConfig(mask_patch_size_px=4)), folder)
+    train(method, config, load_corpus(config.data), OneCrop(16, config.views, mask_shape(16, 4, MASK)), folder)
 
 
 def assert_healthy(folder: Path, step: int) -> None:

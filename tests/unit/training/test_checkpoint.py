@@ -21,25 +21,32 @@ from mimco_deploy.training.augment import to_input
 from mimco_deploy.training.checkpoint import (
     FORMAT_VERSION,
     Checkpoint,
+    TeacherSpec,
     load_encoder,
     load_strictly,
     read_checkpoint,
     save_checkpoint,
 )
 from mimco_deploy.training.config import Stage1Config, Stage2Config
+from mimco_deploy.training.method_config import MimCoConfig, MoCoV3Config
 from mimco_deploy.training.methods.mimco import MimCo
 from mimco_deploy.training.methods.mocov3 import MoCoV3
 from mimco_deploy.training.optim import build_optimizer
-from tests.unit.training.small import assert_same_state, stage1_config, stage2_config
+from tests.unit.training.small import BACKBONE, assert_same_state, stage1_config, stage2_config
 
 STATE = {"step": 3, "total_steps": 6, "corpus": "c" * 64}
+
+
+def mocov3_of(config: Stage1Config) -> MoCoV3Config:
+    assert isinstance(config.method, MoCoV3Config)
+    return config.method
 
 
 def stage1_parts(seed: int = 0) -> tuple[MoCoV3, torch.optim.Optimizer, Stage1Config]:
     """A method after one step, so that the optimiser has moments."""
     config = stage1_config(Path("/photos"))
     torch.manual_seed(seed)
-    method = MoCoV3(config.backbone, config.method).train()
+    method = MoCoV3(config.backbone, mocov3_of(config)).train()
     optimizer = build_optimizer(method, config.optim)
     method(torch.randn(4, 3, 16, 16), torch.randn(4, 3, 16, 16))["loss"].backward()
     optimizer.step()
@@ -57,10 +64,10 @@ def test_a_stage_1_checkpoint_is_read_as_it_was_written(tmp_path: Path) -> None:
     method, optimizer, config = stage1_parts()
     save_checkpoint(tmp_path / "last", method, optimizer, config, **STATE)
     checkpoint = read_checkpoint(tmp_path / "last")
-    assert checkpoint == Checkpoint(tmp_path / "last", "stage1", 3, 6, "c" * 64, config)
+    assert checkpoint == Checkpoint(tmp_path / "last", "stage1", 3, 6, "c" * 64, config, None)
     assert_same_state(checkpoint.load_model(), method.state_dict())
     assert_same_state(checkpoint.load_optimizer(), optimizer.state_dict())
-    again = MoCoV3(config.backbone, config.method)
+    again = MoCoV3(config.backbone, mocov3_of(config))
     load_strictly(again, checkpoint.load_model(), checkpoint.path)
     restored = build_optimizer(again, config.optim)
     restored.load_state_dict(checkpoint.load_optimizer())
@@ -69,16 +76,18 @@ def test_a_stage_1_checkpoint_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 def test_a_stage_2_checkpoint_holds_teacher_queue_and_settings(tmp_path: Path, last: Path) -> None:
     config = stage2_config(tmp_path, last, dictionaries=("intra", "queue"))
+    assert isinstance(config.method, MimCoConfig)
     teacher, pooling = load_encoder(read_checkpoint(last))
     assert pooling == "cls"
-    method = MimCo(config.backbone, teacher, pooling, 10, config.method)
+    method = MimCo(config.backbone, teacher, pooling, config.mask, config.method)
     save_checkpoint(tmp_path / "student", method, build_optimizer(method, config.optim), config, **STATE)
     checkpoint = read_checkpoint(tmp_path / "student")
     assert (checkpoint.stage, checkpoint.config) == ("stage2", config)
     assert isinstance(checkpoint.config, Stage2Config)
     state = checkpoint.load_model()
     assert_same_state(state, method.state_dict())
-    assert {"queue.rows", "queue.pushed", "mask_token", "teacher.body.norm.weight"} <= state.keys()
+    assert {"patch_level.queue.rows", "mask_token", "teacher.backbone.body.norm.weight"} <= state.keys()
+    assert checkpoint.teacher == TeacherSpec(backbone=teacher.config, pooling="cls")
     encoder, pooling = load_encoder(checkpoint)
     assert pooling == "mean"
     assert_same_state(encoder.state_dict(), method.encoder.state_dict())
@@ -97,13 +106,13 @@ def test_plain_timm_loads_the_encoder_and_gives_the_same_features(last: Path) ->
     ours, _ = load_encoder(read_checkpoint(last))
     theirs: Any = timm.create_model(f"local-dir:{last / 'timm'}", pretrained=True)
     torch.manual_seed(0)
-    images = to_input(torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8))
+    images = to_input(torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8), BACKBONE)
     ours.eval()
     theirs.eval()
     with torch.no_grad():
         features = ours(images)
         tokens = theirs.forward_features(images)
-    assert torch.equal(tokens[:, 0], features.cls)
+    assert torch.equal(tokens[:, 0], features.own)
     assert torch.equal(tokens[:, 1:], features.patches)
     assert set(theirs.state_dict()) == {name.removeprefix("body.") for name in ours.state_dict()}
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -33,10 +34,13 @@ from tests.unit.training.small import (
     assert_close_weights,
     assert_same_run,
     draw_photos,
+    every_method,
     rows_of,
+    run_config,
     stage1_config,
     stage2_config,
     stop_at,
+    train_any,
 )
 
 REPOSITORY = Path(__file__).parents[3]
@@ -65,10 +69,11 @@ def work(folder: Path, golden: Path) -> None:
 
         train_stage2(patch_only(photos, teacher), folder / "two")
         train_stub(photos, folder / "two-stub")
-        train_stage1(stage1_config(photos), folder / "two-stage1")
-
-        queue = stage2_config(photos, teacher, dictionaries=("intra", "batch", "queue"), accumulate=2)
-        train_stage2(queue, folder / "two-queue")
+        for name, config in every_method(photos, teacher).items():
+            train_any(config, folder / f"two-{name}")
+        half = dataclasses.replace(every_method(photos, teacher)["moby"], run=run_config(checkpoint_every_steps=3))
+        with contextlib.suppress(TrainingInterrupted):
+            train_any(half, folder / "two-half", on_step=stop_at(3))
 
         try:  # only one of the two is asked to stop
             train_stage2(patch_only(photos, teacher), folder / "two-stopped", on_step=stop_at(3))
@@ -123,6 +128,8 @@ def together(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRe
         train_stage1(stage1_config(photos), folder / "stage1")
         train_stage2(patch_only(photos, folder / "stage1" / "last"), folder / "one")
         train_stub(photos, folder / "one-stub")
+        for name, config in every_method(photos, folder / "stage1" / "last").items():
+            train_any(config, folder / f"one-{name}")
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -194,7 +201,7 @@ def test_two_processes_train_as_one_does(together: Path) -> None:
 
 
 def test_one_log_is_written(together: Path) -> None:
-    for name in ("two", "two-stub", "two-stage1", "two-queue"):
+    for name in ("two", "two-stub", "two-mocov3", "two-mimco"):
         assert [row["step"] for row in rows_of(together / name)] == list(range(STEPS))
 
 
@@ -205,8 +212,18 @@ def test_a_stop_that_one_process_is_asked_for_stops_both_and_resumes_bit_for_bit
     assert_same_run(together / "two-stopped", together / "two")
 
 
-def test_each_process_takes_its_keys_from_all(together: Path) -> None:
-    """Stage 1's chance level is that of the global batch of 8, not of the 4 that a process holds: 2τ log N, twice."""
-    first = rows_of(together / "two-stage1")[0]["loss"]
-    assert first == pytest.approx(2 * 2 * 0.2 * np.log(8), abs=0.3)
-    assert first > 2 * 2 * 0.2 * np.log(4) + 0.1
+@pytest.mark.parametrize("name", sorted(every_method(Path(), Path())))
+def test_two_processes_train_each_method_as_one_does(together: Path, name: str) -> None:
+    """Keys gathered, batch norm synchronised, draws shared: what is left are sums in another order."""
+    assert read_checkpoint(together / f"two-{name}" / "last").step == STEPS
+    assert_close_weights(together / f"two-{name}", together / f"one-{name}")
+
+
+def test_a_run_of_two_processes_goes_on_in_one_with_the_same_schedule(together: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(together / "two-half", tmp_path / "run"))
+    checkpoint = read_checkpoint(folder / "last")
+    assert checkpoint.step == 3
+    train_any(checkpoint.config, folder, resume=checkpoint)
+    rates = [[row["lr"] for row in rows_of(run)] for run in (folder, together / "one-moby")]
+    assert rates[0] == rates[1]
+    assert_close_weights(folder, together / "one-moby")

@@ -13,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mimco_deploy.training.methods.mimco import TokenQueue, image_loss, patch_logits, patch_loss
+from mimco_deploy.training.losses import first_of
+from mimco_deploy.training.methods.mimco import image_loss, patch_logits
+from mimco_deploy.training.momentum import KeyQueue
 
 Floats = npt.NDArray[np.float64]
 DICTIONARIES = [
@@ -21,6 +23,15 @@ DICTIONARIES = [
     for count in (1, 2, 3)
     for combination in itertools.combinations(("intra", "batch", "queue"), count)
 ]  # fmt: skip
+
+
+def patch_loss(logits: Tensor, temperature: float) -> Tensor:
+    return first_of(logits.flatten(0, 1).float(), temperature)
+
+
+def keys_of(tokens: Tensor, draw: Tensor) -> tuple[Tensor, Tensor]:
+    """Drawn tokens of a batch, and the image that each is of."""
+    return tokens.flatten(0, 1)[draw], draw // tokens.shape[1]
 
 
 def unit(vector: Floats) -> Floats:
@@ -87,7 +98,8 @@ def test_patch_loss_is_the_definition_in_plain_loops(
     intra = "intra" in dictionaries
     batch_draw = draw if "batch" in dictionaries else None
     rows = queue if "queue" in dictionaries else None
-    logits = patch_logits(queries, tokens, positions, intra=intra, batch_draw=batch_draw, queue=rows)
+    keys = None if batch_draw is None else keys_of(tokens, batch_draw)
+    logits = patch_logits(queries, tokens, positions, intra=intra, batch=keys, queue=rows)
     expected, negatives = patch_loss_in_loops(
         queries.numpy(),
         tokens.numpy(),
@@ -104,7 +116,7 @@ def test_patch_loss_is_the_definition_in_plain_loops(
 def test_column_0_is_the_positive_at_every_position() -> None:
     _, tokens, _, draw, queue = example(3, 1, 9)
     positions = torch.arange(9).expand(3, 9)
-    logits = patch_logits(tokens * 7, tokens, positions, intra=True, batch_draw=draw, queue=queue)
+    logits = patch_logits(tokens * 7, tokens, positions, intra=True, batch=keys_of(tokens, draw), queue=queue)
     torch.testing.assert_close(logits[..., 0], torch.ones(3, 9, dtype=torch.float64))
     assert (logits[..., 1:] < 1 - 1e-9).all()
 
@@ -112,7 +124,9 @@ def test_column_0_is_the_positive_at_every_position() -> None:
 def test_no_negative_from_the_batch_is_of_the_querys_own_image() -> None:
     queries, tokens, positions, _, _ = example(3, 2, 4)
     everything = torch.arange(12)
-    logits = patch_logits(queries, tokens, positions, intra=False, batch_draw=everything, queue=None)[..., 1:]
+    logits = patch_logits(queries, tokens, positions, intra=False, batch=keys_of(tokens, everything), queue=None)[
+        ..., 1:
+    ]
     for image in range(3):
         absent = logits[image].isinf().all(dim=0)
         assert absent.tolist() == [key // 4 == image for key in range(12)]
@@ -133,12 +147,13 @@ def test_equal_tokens_give_the_log_of_the_dictionarys_size(dictionaries: tuple[s
     if "queue" in dictionaries:
         negatives += 5
     same = torch.ones(1, 1, 6, dtype=torch.float64)
+    tokens = same.expand(images, length, 6)
     logits = patch_logits(
         same.expand(images, masked, 6),
-        same.expand(images, length, 6),
+        tokens,
         positions,
         intra="intra" in dictionaries,
-        batch_draw=draw if "batch" in dictionaries else None,
+        batch=keys_of(tokens, draw) if "batch" in dictionaries else None,
         queue=(same[0] / math.sqrt(6)).expand(5, 6) if "queue" in dictionaries else None,
     )
     assert (logits.isfinite().sum(dim=2) == 1 + negatives).all()
@@ -155,7 +170,9 @@ def test_random_tokens_give_chance_level() -> None:
         (False, torch.arange(16 * 49), 15 * 49),
         (True, torch.arange(16 * 49), 48 + 15 * 49),
     ):
-        logits = patch_logits(queries, tokens, positions, intra=intra, batch_draw=draw, queue=None)
+        logits = patch_logits(
+            queries, tokens, positions, intra=intra, batch=None if draw is None else keys_of(tokens, draw), queue=None
+        )
         chance = math.log(1 + negatives)
         assert patch_loss(logits, 0.2).item() == pytest.approx(chance, abs=0.1)
 
@@ -163,7 +180,7 @@ def test_random_tokens_give_chance_level() -> None:
 def test_a_perfect_match_costs_nothing_as_the_temperature_falls() -> None:
     _, tokens, positions, draw, queue = example(3, 4, 9)
     queries = tokens.gather(1, positions.unsqueeze(2).expand(-1, -1, 6))
-    logits = patch_logits(queries, tokens, positions, intra=True, batch_draw=draw, queue=queue)
+    logits = patch_logits(queries, tokens, positions, intra=True, batch=keys_of(tokens, draw), queue=queue)
     losses = [patch_loss(logits, temperature).item() for temperature in (1.0, 0.2, 0.05, 0.002)]
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] == pytest.approx(0.0, abs=1e-6)
@@ -173,7 +190,7 @@ def test_gradient_goes_to_the_queries_alone() -> None:
     queries, tokens, positions, draw, queue = (
         tensor.clone().requires_grad_(tensor.is_floating_point()) for tensor in example(3, 4, 9)
     )
-    logits = patch_logits(queries, tokens, positions, intra=True, batch_draw=draw, queue=queue.detach())
+    logits = patch_logits(queries, tokens, positions, intra=True, batch=keys_of(tokens, draw), queue=queue.detach())
     patch_loss(logits, 0.2).backward()  # type: ignore[no-untyped-call]
     assert queries.grad is not None
     assert queries.grad.isfinite().all()
@@ -191,12 +208,13 @@ def test_gradient_is_that_of_finite_differences() -> None:
     queries.requires_grad_()
 
     def loss(values: Tensor) -> Tensor:
-        logits = patch_logits(values, tokens, positions, intra=True, batch_draw=draw, queue=queue)
+        logits = patch_logits(values, tokens, positions, intra=True, batch=keys_of(tokens, draw), queue=queue)
         # patch_loss computes in float32, too coarse for finite differences: the same in float64
         return (logits.div(0.2).logsumexp(dim=2) - logits[..., 0] / 0.2).mean()
 
     (ours,) = torch.autograd.grad(
-        patch_loss(patch_logits(queries, tokens, positions, intra=True, batch_draw=draw, queue=queue), 0.2), queries
+        patch_loss(patch_logits(queries, tokens, positions, intra=True, batch=keys_of(tokens, draw), queue=queue), 0.2),
+        queries,
     )
     step = 1e-6
     for index in np.ndindex(*queries.shape):
@@ -221,7 +239,7 @@ def test_the_order_of_images_in_a_batch_does_not_matter(dictionaries: tuple[str,
             t,
             p,
             intra="intra" in dictionaries,
-            batch_draw=d if "batch" in dictionaries else None,
+            batch=keys_of(t, d) if "batch" in dictionaries else None,
             queue=queue if "queue" in dictionaries else None,
         )
         return patch_loss(logits, 0.2).item()
@@ -265,7 +283,7 @@ def queue_in_plain_python(pushes: list[int], size: int) -> list[float]:
 @given(st.integers(1, 7), st.lists(st.integers(0, 16), max_size=6))
 @settings(deadline=None)
 def test_queue_keeps_the_newest_rows(size: int, pushes: list[int]) -> None:
-    queue = TokenQueue(size, 2)
+    queue = KeyQueue(size, 2)
     serial = 0
     for count in pushes:
         angles = torch.arange(serial + 1, serial + count + 1) * 0.01
@@ -280,7 +298,7 @@ def test_queue_keeps_the_newest_rows(size: int, pushes: list[int]) -> None:
 
 
 def test_a_new_queue_holds_random_directions() -> None:
-    rows = TokenQueue(64, 24).rows
+    rows = KeyQueue(64, 24).rows
     torch.testing.assert_close(rows.norm(dim=1), torch.ones(64))
     assert (rows @ rows.T - torch.eye(64)).abs().max() < 0.9
 
@@ -288,7 +306,7 @@ def test_a_new_queue_holds_random_directions() -> None:
 def test_a_queue_goes_on_where_its_state_was_saved() -> None:
     torch.manual_seed(0)
     rows = torch.randn(20, 3)
-    queue, restored = TokenQueue(6, 3), TokenQueue(6, 3)
+    queue, restored = KeyQueue(6, 3), KeyQueue(6, 3)
     queue.push(rows[:8])
     restored.load_state_dict(queue.state_dict())
     for part in (rows[8:10], rows[10:17], rows[17:]):
@@ -299,7 +317,7 @@ def test_a_queue_goes_on_where_its_state_was_saved() -> None:
 
 
 def test_a_queue_takes_no_gradient() -> None:
-    queue = TokenQueue(4, 3)
+    queue = KeyQueue(4, 3)
     queue.push(torch.randn(3, 3, requires_grad=True))
     assert not queue.rows.requires_grad
     assert not list(queue.parameters())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import pytest
 import torch
@@ -12,15 +12,16 @@ from torch import Tensor, nn
 
 from mimco_deploy.errors import ConfigError
 from mimco_deploy.training.backbone import Backbone
-from mimco_deploy.training.config import BackboneConfig, Dictionary, MaskConfig, MimCoConfig, OptimConfig
+from mimco_deploy.training.config import BackboneConfig, MaskConfig, OptimConfig
 from mimco_deploy.training.masking import draw_mask, mask_shape
+from mimco_deploy.training.method_config import Dictionary, ImageLossConfig, MimCoConfig, PatchLossConfig, Pooling
 from mimco_deploy.training.methods import mimco
 from mimco_deploy.training.methods.mimco import MimCo, image_loss, patch_logits
 from mimco_deploy.training.optim import build_optimizer
-from tests.unit.training.small import BACKBONE
+from tests.unit.training.small import BACKBONE, MASK
 
-MASK = MaskConfig(mask_patch_size_px=4)
-MASKED = mask_shape(BACKBONE, MASK).masked_patches
+PartT = TypeVar("PartT")
+SHAPE = mask_shape(BACKBONE.image_size_px, BACKBONE.patch_size_px, MASK)
 
 
 def make_teacher(config: BackboneConfig = BACKBONE) -> Backbone:
@@ -32,17 +33,34 @@ def make_method(
     dictionaries: tuple[Dictionary, ...] = ("intra", "batch"),
     backbone: BackboneConfig = BACKBONE,
     teacher: Backbone | None = None,
-    **config: Any,
+    teacher_pooling: Pooling = "cls",
+    mask: MaskConfig = MASK,
+    **settings: Any,
 ) -> MimCo:
+    """Settings of the two levels start with `patch_` and `image_`."""
     teacher = teacher or make_teacher()
+    levels: dict[str, dict[str, Any]] = {
+        level: {name.removeprefix(f"{level}_"): settings.pop(name) for name in list(settings) if name.startswith(level)}
+        for level in ("patch", "image")
+    }
     torch.manual_seed(0)
-    settings = MimCoConfig(dictionaries=dictionaries, hidden_dim=16, batch_keys=48, queue_size=64, **config)
-    return MimCo(backbone, teacher, "cls", MASKED, settings)
+    config = MimCoConfig(
+        patch=PatchLossConfig(dictionaries=dictionaries, batch_keys=48, queue_size=64, **levels["patch"]),
+        image=ImageLossConfig(hidden_dim=16, **levels["image"]),
+        **settings,
+    )
+    return MimCo(backbone, teacher, teacher_pooling, mask, config)
+
+
+def only(part: PartT | None) -> PartT:
+    """A part that this method has."""
+    assert part is not None
+    return part
 
 
 def make_batch(images: int, seed: int = 1) -> tuple[Tensor, Tensor]:
     torch.manual_seed(seed)
-    masks = torch.stack([draw_mask(mask_shape(BACKBONE, MASK)) for _ in range(images)])
+    masks = torch.stack([draw_mask(SHAPE) for _ in range(images)])
     return torch.randn(images, 3, 16, 16), masks
 
 
@@ -65,7 +83,7 @@ def test_teacher_features_are_the_same_at_every_call() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, third, strict=True))
     assert not any(module.training for module in method.teacher.modules())
     assert method.encoder.training
-    assert method.image_head.training
+    assert only(method.image_head).training
 
 
 def test_train_returns_the_method_and_eval_leaves_training() -> None:
@@ -80,7 +98,7 @@ def test_train_returns_the_method_and_eval_leaves_training() -> None:
 def test_teacher_receives_no_gradient_and_never_changes(dictionaries: tuple[Dictionary, ...]) -> None:
     method = make_method(dictionaries).train()
     before, student_before = state_of(method.teacher), state_of(method.encoder)
-    config = OptimConfig(base_lr=1.0, weight_decay=0.5, decay_everything=True)
+    config = OptimConfig(base_lr=1.0, weight_decay=0.5, decay="all")
     optimizer = build_optimizer(method, config)
     for step in range(2):
         for group in optimizer.param_groups:
@@ -116,7 +134,9 @@ def test_a_student_that_is_its_teacher_retrieves_every_patch() -> None:
         target, student = method.teacher(images), method.encoder(images)
     positions = torch.arange(16).expand(6, 16)
     everything = torch.arange(6 * 16)
-    logits = patch_logits(student.patches, target.patches, positions, intra=True, batch_draw=everything, queue=None)
+    logits = patch_logits(
+        student.patches, target.patches, positions, intra=True, batch=(target.patches.flatten(0, 1), everything // 16)
+    )
     assert (logits.argmax(dim=2) == 0).all()
     assert (logits[..., 0] > logits[..., 1:].amax(dim=2)).all()
     torch.testing.assert_close(logits[..., 0], torch.ones(6, 16))
@@ -126,8 +146,8 @@ def test_a_student_that_is_its_teacher_and_sees_everything_scores_full_accuracy(
     """The same through `forward`: the mask token is replaced by what it masks by masking nothing that is looked at."""
     method = make_method(teacher=make_teacher(), init_from_teacher=True).eval()
     with torch.no_grad():
-        method.patch_head.weight.copy_(torch.eye(24))
-        method.patch_head.bias.zero_()
+        only(method.patch_level).head.weight.copy_(torch.eye(24))
+        only(method.patch_level).head.bias.zero_()
     images, masks = make_batch(6)
     with torch.no_grad():
         row = method(images, torch.zeros_like(masks))
@@ -141,7 +161,7 @@ def test_a_student_that_is_its_teacher_and_sees_everything_scores_full_accuracy(
     ids=["intra", "batch", "intra+batch"],
 )
 def test_loss_starts_near_chance(dictionaries: tuple[Dictionary, ...], candidates: float) -> None:
-    wide = dataclasses.replace(BACKBONE, embed_dim=192, num_heads=3)
+    wide = dataclasses.replace(BACKBONE, embed_dim=192, num_heads=(3,))
     losses = []
     for seed in range(5):
         method = make_method(dictionaries, wide, make_teacher(wide)).train()
@@ -158,16 +178,16 @@ def test_loss_is_the_weighted_sum_of_its_parts() -> None:
         method = make_method(patch_weight=patch_weight, image_weight=image_weight).train()
         torch.manual_seed(5)
         row = method(*batch)
-        expected = patch_weight * row["patch_loss"] + image_weight * row["image_loss"]
+        expected = patch_weight * row.get("patch_loss", 0.0) + image_weight * row.get("image_loss", 0.0)
         torch.testing.assert_close(row["loss"].detach(), expected)
-        assert not row["patch_loss"].requires_grad
-        assert not row["image_loss"].requires_grad
+        assert ("patch_loss" in row, "image_loss" in row) == (patch_weight > 0, image_weight > 0)
+        assert not any(value.requires_grad for name, value in row.items() if name != "loss")
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 @pytest.mark.parametrize("teacher_pooling", ["mean", "cls"])
 def test_the_image_loss_is_of_the_asked_poolings(
-    monkeypatch: pytest.MonkeyPatch, pooling: Literal["mean", "cls"], teacher_pooling: str
+    monkeypatch: pytest.MonkeyPatch, pooling: Literal["mean", "cls"], teacher_pooling: Pooling
 ) -> None:
     asked: list[tuple[Tensor, Tensor, float, int]] = []
 
@@ -176,14 +196,13 @@ def test_the_image_loss_is_of_the_asked_poolings(
         return image_loss(queries, keys, temperature, first)
 
     monkeypatch.setattr(mimco, "image_loss", spy)
-    method = make_method(pooling=pooling, image_temperature=0.3).eval()
-    method.teacher_pooling = teacher_pooling
+    method = make_method(pooling=pooling, teacher_pooling=teacher_pooling, image_temperature=0.3).eval()
     images, masks = make_batch(4)
     with torch.no_grad():
         method(images, masks)
         ((queries, keys, temperature, first),) = asked
         pooled = method.encoder(images, masks, method.mask_token).pooled(pooling)
-        torch.testing.assert_close(queries, method.image_head(pooled))
+        torch.testing.assert_close(queries, only(method.image_head)(pooled))
         torch.testing.assert_close(keys, method.teacher(images).pooled(teacher_pooling))
         assert (temperature, first) == (0.3, 0)
 
@@ -258,7 +277,7 @@ def test_the_queries_are_the_masked_positions_in_every_image(monkeypatch: pytest
     images, masks = make_batch(5)
     make_method().train()(images, masks)
     (positions,) = asked
-    assert positions.shape == (5, MASKED)
+    assert positions.shape == (5, SHAPE.masked_patches)
     for row, mask in zip(positions, masks, strict=True):
         assert sorted(row.tolist()) == mask.flatten().nonzero().flatten().tolist()
 
@@ -302,20 +321,20 @@ def test_the_order_of_images_leaves_the_loss_unchanged() -> None:
 
 def test_the_queue_fills_with_teacher_tokens_and_is_part_of_the_state() -> None:
     method = make_method(("queue",)).train()
-    assert method.queue is not None
+    queue = only(only(method.patch_level).queue)
     images, masks = make_batch(4)
     method(images, masks)
-    rows = method.queue.rows[:16]
-    assert int(method.queue.pushed) == 64 // 4
+    rows = queue.rows[:16]
+    assert int(queue.pushed) == 64 // 4
     with torch.no_grad():
         tokens = nn.functional.normalize(method.teacher(images).patches.flatten(0, 1), dim=1)
     assert torch.allclose((rows @ tokens.T).amax(dim=1), torch.ones(16))
     assert len({tuple(row.tolist()) for row in rows}) == 16
-    assert {"queue.rows", "queue.pushed"} <= method.state_dict().keys()
+    assert {"patch_level.queue.rows", "patch_level.queue.pushed"} <= method.state_dict().keys()
     for step in range(4):
         method(*make_batch(4, seed=step))
-    assert int(method.queue.pushed) == 5 * 16
-    assert make_method(("intra",)).queue is None
+    assert int(queue.pushed) == 5 * 16
+    assert only(make_method(("intra",)).patch_level).queue is None
 
 
 def test_this_batchs_tokens_are_no_negatives_from_the_queue() -> None:
@@ -325,17 +344,8 @@ def test_this_batchs_tokens_are_no_negatives_from_the_queue() -> None:
     assert row["patch_loss"].item() == pytest.approx(math.log(1 + 64), abs=0.7)
 
 
-@pytest.mark.parametrize("changes", [{"patch_size_px": 8}, {"image_size_px": 32, "patch_size_px": 8}])
-def test_another_grid_or_size_than_the_teachers_is_refused(changes: dict[str, Any]) -> None:
-    student = dataclasses.replace(BACKBONE, **changes)
-    with pytest.raises(ConfigError) as error:
-        make_method(backbone=student)
-    assert f"{student.grid}×{student.grid} patches at {student.image_size_px} px" in error.value.found
-    assert "4×4 at 16 px" in error.value.expected
-
-
 def test_a_student_of_another_width_learns_from_any_teacher() -> None:
-    student = dataclasses.replace(BACKBONE, embed_dim=48, depth=1)
+    student = dataclasses.replace(BACKBONE, embed_dim=48, depth=(1,))
     row = make_method(backbone=student).train()(*make_batch(4))
     assert row["loss"].isfinite()
 
@@ -351,18 +361,17 @@ def test_a_student_that_cannot_start_from_its_teacher_is_refused() -> None:
 
 def test_init_from_teacher_copies_and_does_not_share() -> None:
     method = make_method(init_from_teacher=True)
-    teacher = dict(method.teacher.named_parameters())
+    teacher = dict(method.teacher.backbone.named_parameters())
     for name, parameter in method.encoder.named_parameters():
         assert torch.equal(parameter, teacher[name])
         assert parameter.data_ptr() != teacher[name].data_ptr()
         assert parameter.requires_grad == (name != "body.pos_embed")
     assert any(
         not torch.equal(a, b)
-        for a, b in zip(make_method().encoder.parameters(), method.teacher.parameters(), strict=True)
+        for a, b in zip(make_method().encoder.parameters(), method.teacher.backbone.parameters(), strict=True)
     )
 
 
-@pytest.mark.parametrize("dictionaries", [(), ("memory",), ("intra", "memory")])
-def test_unknown_or_no_dictionaries_are_refused(dictionaries: tuple[Any, ...]) -> None:
-    with pytest.raises(ConfigError, match=r"method\.dictionaries .*expected one or more of intra, batch, queue"):
-        make_method(dictionaries)
+def test_no_dictionaries_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"method\.patch\.dictionaries .*expected one or more of intra, batch, queue"):
+        make_method(())

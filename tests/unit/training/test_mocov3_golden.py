@@ -3,32 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from mimco_deploy.training.backbone import sincos_positions
-from mimco_deploy.training.config import BackboneConfig, MoCoV3Config, OptimConfig
+from mimco_deploy.training.config import BackboneConfig, OptimConfig
 from mimco_deploy.training.heads import mocov3_mlp
+from mimco_deploy.training.method_config import MoCoV3Config
 from mimco_deploy.training.methods.mocov3 import MoCoV3, contrastive_loss
 from mimco_deploy.training.optim import build_optimizer
 from mimco_deploy.training.schedules import lr_schedule, momentum_at
-
-Arrays = Mapping[str, Any]
-
-
-def load(path: Path) -> dict[str, Any]:
-    with np.load(path, allow_pickle=False) as arrays:
-        return {name: arrays[name] for name in arrays}
-
-
-def leaf(array: Any) -> Tensor:
-    return torch.from_numpy(array).requires_grad_()
+from tests.unit.training.golden import assert_final, assert_gradients, deviations_of, leaf, load, renamed, sizes_of
 
 
 @pytest.mark.golden("moco-v3/contrastive_seed*.npz")
@@ -85,7 +73,7 @@ def test_lr_and_momentum_are_the_authors(golden: Path) -> None:
     steps_per_epoch = document["iters_per_epoch_used"]
     for case in document["cases"]:
         config = OptimConfig(
-            base_lr=case["base_lr"], weight_decay=0.1, decay_everything=True, warmup_epochs=case["warmup_epochs"]
+            base_lr=case["base_lr"], weight_decay=0.1, decay="all", warmup_epochs=case["warmup_epochs"]
         )
         optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
         schedule = lr_schedule(
@@ -129,23 +117,21 @@ def our_name(official: str) -> str:
 @pytest.mark.golden("moco-v3/tiny_train_seed*.npz")
 def test_three_steps_of_training_are_the_authors(golden_file: Path) -> None:
     arrays = load(golden_file)
-    sizes = json.loads(str(arrays["config_json"]))
-    deviation = json.loads(str(arrays["f64_dev_json"]))
+    sizes, deviations = sizes_of(arrays), deviations_of(arrays)
     backbone = BackboneConfig(
         name="vit_small_patch16_224",
         image_size_px=sizes["img"],
         patch_size_px=sizes["patch"],
         embed_dim=sizes["dim_e"],
-        depth=sizes["depth"],
-        num_heads=sizes["heads"],
+        depth=(sizes["depth"],),
+        num_heads=(sizes["heads"],),
     )
     config = MoCoV3Config(temperature=sizes["T"], hidden_dim=sizes["mlp"], projection_dim=sizes["dim"])
     method = MoCoV3(backbone, config)
-    init = {our_name(name[5:]): torch.from_numpy(arrays[name]) for name in arrays if name.startswith("init/")}
+    init = {name: torch.from_numpy(arrays[official]) for name, official in renamed(arrays, "init", our_name).items()}
     method.load_state_dict(init, strict=True)
     method.train()
-    decay = OptimConfig(base_lr=1.0, weight_decay=sizes["weight_decay"], decay_everything=True)
-    optimizer = build_optimizer(method, decay)
+    optimizer = build_optimizer(method, OptimConfig(base_lr=1.0, weight_decay=sizes["weight_decay"], decay="all"))
 
     for step in range(3):
         for group in optimizer.param_groups:
@@ -153,31 +139,14 @@ def test_three_steps_of_training_are_the_authors(golden_file: Path) -> None:
         method.update_momentum_encoder(float(arrays[f"step{step}/m"]))
         view1, view2 = (torch.from_numpy(arrays[f"step{step}/x{view}"]) for view in (1, 2))
         loss = method(view1, view2)["loss"]
-        worst = max(1e-5, 10 * deviation[f"step{step}/loss"][0])
+        worst = max(1e-5, 10 * deviations[f"step{step}/loss"][0])
         assert loss.item() == pytest.approx(float(arrays[f"step{step}/loss"]), abs=worst)
         loss.backward()
         if step == 0:
-            assert_gradients(method, arrays, deviation)
+            assert_gradients(method, arrays, our_name)
         optimizer.step()
         optimizer.zero_grad()
-
-    state = method.state_dict()
-    finals = [name for name in arrays if name.startswith("final/")]
-    assert len(finals) == len(state)
-    for name in finals:
-        tolerance = 1e-5 + 4 * deviation.get(name, [0.0])[0]
-        ours = state[our_name(name[6:])]
-        np.testing.assert_allclose(ours, arrays[name], rtol=1e-5, atol=tolerance, err_msg=name)
-
-
-def assert_gradients(method: MoCoV3, arrays: Arrays, deviation: Mapping[str, list[float]]) -> None:
-    """Step 0's gradients agree, and exactly the authors' parameters have one."""
-    ours = {name: parameter.grad for name, parameter in method.named_parameters() if parameter.grad is not None}
-    theirs = {our_name(name[6:]): name for name in arrays if name.startswith("grad0/")}
-    assert set(ours) == set(theirs)
-    for name, official in theirs.items():
-        error, size = deviation[official]
-        np.testing.assert_allclose(ours[name], arrays[official], rtol=1e-4, atol=1e-6 * size + 8 * error, err_msg=name)
+    assert_final(method.state_dict(), arrays, our_name)
 
 
 def test_equal_embeddings_give_log_n() -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mimco_deploy.training.config import MoCoV3Config, OptimConfig
+from mimco_deploy.training.config import OptimConfig
+from mimco_deploy.training.method_config import MoCoV3Config
 from mimco_deploy.training.methods import mocov3
 from mimco_deploy.training.methods.mocov3 import MoCoV3
 from mimco_deploy.training.optim import build_optimizer
@@ -92,7 +93,7 @@ def test_momentum_parameters_and_patch_embedding_take_no_gradient_and_no_step() 
         if name.startswith("momentum_") or ".patch_embed." in name or name.endswith("pos_embed")
     }
     assert any(".patch_embed." in name and not name.startswith("momentum_") for name in frozen)
-    optimizer = build_optimizer(method, OptimConfig(base_lr=1.0, weight_decay=0.5, decay_everything=True))
+    optimizer = build_optimizer(method, OptimConfig(base_lr=1.0, weight_decay=0.5, decay="all"))
     method(*views(4))["loss"].backward()
     for name, parameter in method.named_parameters():
         if name in frozen:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -13,21 +14,23 @@ from torch import nn
 
 from mimco_deploy.errors import ConfigError
 from mimco_deploy.training.backbone import Backbone
-from mimco_deploy.training.config import MimCoConfig, OptimConfig
+from mimco_deploy.training.config import OptimConfig
+from mimco_deploy.training.method_config import ImageLossConfig, MimCoConfig, MoBYConfig
 from mimco_deploy.training.methods.mimco import MimCo
+from mimco_deploy.training.methods.moby import MoBY
 from mimco_deploy.training.optim import build_optimizer, clip_gradients
 from mimco_deploy.training.schedules import lr_schedule, momentum_at
-from tests.unit.training.small import BACKBONE
+from tests.unit.training.small import BACKBONE, MASK, SWIN
 
 
-def config(**changes: float) -> OptimConfig:
+def config(decay: Literal["all", "matrices", "weights"] = "weights", **changes: float) -> OptimConfig:
     values = {"base_lr": 0.1, "weight_decay": 0.3, **changes}
-    return OptimConfig(decay_everything=bool(values.pop("decay_everything", False)), **values)  # type: ignore[arg-type]
+    return OptimConfig(decay=decay, **values)  # type: ignore[arg-type]
 
 
 def make_method() -> MimCo:
     torch.manual_seed(0)
-    return MimCo(BACKBONE, Backbone(BACKBONE), "cls", 10, MimCoConfig(hidden_dim=16))
+    return MimCo(BACKBONE, Backbone(BACKBONE), "cls", MASK, MimCoConfig(image=ImageLossConfig(hidden_dim=16)))
 
 
 def names_in(group: dict[str, object], method: nn.Module) -> set[str]:
@@ -48,7 +51,7 @@ def test_biases_norms_and_tokens_are_spared_the_decay() -> None:
         "encoder.body.blocks.0.attn.qkv.bias",
         "encoder.body.patch_embed.proj.bias",
         "encoder.body.norm.bias",
-        "patch_head.bias",
+        "patch_level.head.bias",
         "image_head.1.weight",
         "image_head.1.bias",
     }
@@ -60,15 +63,27 @@ def test_biases_norms_and_tokens_are_spared_the_decay() -> None:
 
 def test_everything_is_decayed_where_asked() -> None:
     method = make_method()
-    (group,) = build_optimizer(method, config(decay_everything=True)).param_groups
+    (group,) = build_optimizer(method, config(decay="all")).param_groups
     assert group["weight_decay"] == 0.3
     assert "mask_token" in names_in(group, method)
 
 
-@pytest.mark.parametrize("everything", [True, False])
-def test_each_trained_parameter_is_in_one_group_and_no_frozen_one(everything: bool) -> None:
+def test_matrices_include_tokens_and_position_tables_but_no_bias_and_no_norm() -> None:
+    method = MoBY(SWIN, MoBYConfig(hidden_dim=16, projection_dim=8, queue_size=16))
+    decayed, spared = (names_in(group, method) for group in build_optimizer(method, config("matrices")).param_groups)
+    assert "encoder.body.layers.0.blocks.0.attn.relative_position_bias_table" in decayed
+    assert {"encoder.body.norm.weight", "projector.1.weight", "projector.0.bias"} <= spared
+    student = make_method()
+    decayed, _ = (names_in(group, student) for group in build_optimizer(student, config("matrices")).param_groups)
+    assert {"mask_token", "encoder.body.cls_token"} <= decayed
+
+
+@pytest.mark.parametrize("decay", ["all", "matrices", "weights"])
+def test_each_trained_parameter_is_in_one_group_and_no_frozen_one(
+    decay: Literal["all", "matrices", "weights"],
+) -> None:
     method = make_method()
-    groups = build_optimizer(method, config(decay_everything=everything)).param_groups
+    groups = build_optimizer(method, config(decay)).param_groups
     names = [name for group in groups for name in names_in(group, method)]
     assert len(names) == len(set(names))
     assert set(names) == {name for name, parameter in method.named_parameters() if parameter.requires_grad}
@@ -76,9 +91,7 @@ def test_each_trained_parameter_is_in_one_group_and_no_frozen_one(everything: bo
 
 
 def test_betas_are_the_configs() -> None:
-    optimizer = build_optimizer(
-        nn.Linear(2, 2), OptimConfig(base_lr=1, weight_decay=0, decay_everything=True, betas=(0.8, 0.95))
-    )
+    optimizer = build_optimizer(nn.Linear(2, 2), OptimConfig(base_lr=1, weight_decay=0, decay="all", betas=(0.8, 0.95)))
     assert optimizer.param_groups[0]["betas"] == (0.8, 0.95)
 
 

@@ -21,9 +21,10 @@ from mimco_deploy.errors import CheckpointError, ConfigError, TrainingInterrupte
 from mimco_deploy.training import loop
 from mimco_deploy.training.augment import TwoViews
 from mimco_deploy.training.checkpoint import read_checkpoint, save_checkpoint
-from mimco_deploy.training.config import Dictionary, Stage1Config, Stage2Config
+from mimco_deploy.training.config import Stage1Config, Stage2Config
 from mimco_deploy.training.corpus import load_corpus
 from mimco_deploy.training.loop import StepReport, fit_batch, train
+from mimco_deploy.training.method_config import Dictionary
 from mimco_deploy.training.methods import mocov3
 from mimco_deploy.training.schedules import momentum_at
 from mimco_deploy.training.stages import train_stage1, train_stage2
@@ -34,11 +35,13 @@ from tests.unit.training.small import (
     assert_same_run,
     assert_same_state,
     draw_photos,
+    every_method,
     rows_of,
     run_config,
     stage1_config,
     stage2_config,
     stop_at,
+    train_any,
 )
 
 Config = Stage1Config | Stage2Config
@@ -63,24 +66,17 @@ def stage1_run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run_stage(config: Config, folder: Path, **options: Any) -> None:
-    if isinstance(config, Stage1Config):
-        train_stage1(config, folder, **options)
-    else:
-        train_stage2(config, folder, **options)
-
-
 def stop_and_resume(config: Config, folder: Path, *stops: int) -> None:
     """Train until after each of `stops`, and then to the end, as the command line does."""
     resume = None
     for stop in stops:
         with pytest.raises(TrainingInterrupted, match=f"stopped after step {stop} of {STEPS}"):
-            run_stage(config, folder, resume=resume, on_step=stop_at(stop))
+            train_any(config, folder, resume=resume, on_step=stop_at(stop))
         resume = read_checkpoint(folder / "last")
         assert resume.step == stop
         torch.manual_seed(stop)  # whatever else the process drew
         config = resume.config
-    run_stage(config, folder, resume=resume)
+    train_any(config, folder, resume=resume)
 
 
 @pytest.mark.parametrize("stops", [(3,), (2,), (5,), (2, 4)], ids=["epoch's end", "mid-epoch", "late", "twice"])
@@ -111,7 +107,42 @@ def test_stage_2_resumes_bit_for_bit(
     train_stage2(config, tmp_path / "whole")
     stop_and_resume(config, tmp_path / "run", *stops)
     assert_same_run(tmp_path / "run", tmp_path / "whole")
-    assert ("queue.rows" in read_checkpoint(tmp_path / "run" / "last").load_model()) == ("queue" in dictionaries)
+    assert ("patch_level.queue.rows" in read_checkpoint(tmp_path / "run" / "last").load_model()) == (
+        "queue" in dictionaries
+    )
+
+
+@pytest.mark.parametrize("name", sorted(every_method(Path(), Path())))
+def test_every_method_goes_on_bit_for_bit_after_a_crash(
+    tmp_path: Path, photos: Path, stage1_run: Path, name: str
+) -> None:
+    """Queues, momentum encoders and schedules go on where the checkpoint was; what came after it is done again."""
+    config = every_method(photos, stage1_run / "last")[name]
+    train_any(config, tmp_path / "whole")
+
+    def crash(report: StepReport) -> None:
+        if report.step == 4:
+            raise KeyboardInterrupt
+
+    often = dataclasses.replace(config, run=dataclasses.replace(config.run, checkpoint_every_steps=2))
+    with pytest.raises(KeyboardInterrupt):
+        train_any(often, tmp_path / "run", on_step=crash)
+    checkpoint = read_checkpoint(tmp_path / "run" / "last")
+    assert checkpoint.step == 2
+    train_any(checkpoint.config, tmp_path / "run", resume=checkpoint)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_stage_2_resumes_without_its_teachers_folder(tmp_path: Path, photos: Path, stage1_run: Path) -> None:
+    """The checkpoint holds the teacher's weights and tells its architecture."""
+    teacher = Path(shutil.copytree(stage1_run, tmp_path / "stage1"))
+    config = stage2_config(photos, teacher / "last")
+    train_stage2(config, tmp_path / "whole")
+    with pytest.raises(TrainingInterrupted):
+        train_stage2(config, tmp_path / "run", on_step=stop_at(3))
+    shutil.rmtree(teacher)
+    train_stage2(config, tmp_path / "run", resume=read_checkpoint(tmp_path / "run" / "last"))
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
 def test_another_seed_is_another_run(tmp_path: Path, photos: Path, stage1_run: Path) -> None:

@@ -13,7 +13,8 @@ import torch
 
 from mimco_deploy.errors import CheckpointError, ConfigError, DataError, MimcoError, TrainingInterrupted, WorkspaceError
 from mimco_deploy.training.checkpoint import read_checkpoint
-from mimco_deploy.training.presets import vit_small, vit_tiny_debug
+from mimco_deploy.training.method_config import MimCoConfig
+from mimco_deploy.training.presets import PRESETS, vit_small, vit_tiny_debug
 from mimco_deploy.training.runs import Request, open_stage1, open_stage2
 from mimco_deploy.training.stages import train_stage1, train_stage2
 from tests.unit.training.small import STEPS, draw_photos, stage1_config, stage2_config, stop_at
@@ -93,7 +94,7 @@ def test_the_preset_goes_by_the_machine_unless_it_is_named(
 
 
 def test_an_unknown_preset_is_answered_with_all(tmp_path: Path, photos: Path) -> None:
-    with pytest.raises(ConfigError, match="no preset vit_huge; expected one of vit_small, vit_tiny_debug"):
+    with pytest.raises(ConfigError, match=f"no preset vit_huge; expected one of {', '.join(sorted(PRESETS))}"):
         open_stage1(tmp_path / "stage1", Request(data=(photos,), preset="vit_huge"))
 
 
@@ -155,7 +156,7 @@ def test_fresh_moves_the_run_aside_and_starts_anew(
         {},
         {"data": (Path("/nowhere"),)},
         {"settings": ("run.epoch=3",)},
-        {"settings": ("backbone.num_heads=7",)},
+        {"settings": ("backbone.num_heads=(7,)",)},
         {"settings": ("optim.warmup_epochs=100",)},
         {"preset": "vit_huge"},
         {"settings": ("run.accumulate=7",)},
@@ -179,22 +180,40 @@ def test_fresh_with_a_mistake_leaves_the_run_where_it_is(stage1: Path, photos: P
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "message"),
     [
-        {"data": (Path("x"),)},
-        {"preset": "vit_small"},
-        {"epochs": 3},
-        {"batch_size": 4},
-        {"settings": ("run.seed=1",)},
-        {"fresh": True},
-        {"teacher": Path("x")},
-        {"init_from_teacher": False},
+        ({"data": (Path("/x"),)}, r"data\.sources \('/x',\), where the run has"),
+        ({"preset": "vit_small"}, "--preset vit_small"),
+        ({"method": "moby"}, "--method moby, where the run has mocov3"),
+        ({"epochs": 3}, r"run\.epochs 3, where the run has 2"),
+        ({"batch_size": 4}, r"run\.global_batch_size 4, where the run has 8"),
+        ({"settings": ("run.seed=1",)}, r"run\.seed 1, where the run has 3"),
+        ({"settings": ("optim.weight_decay=0.2",)}, r"optim\.weight_decay 0\.2, where the run has 0\.1"),
+        ({"fresh": True}, "--resume with --fresh; expected one of them"),
     ],
     ids=str,
 )
-def test_resuming_with_other_options_is_refused(stage1: Path, options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="--resume with other options; expected --resume alone"):
+def test_resuming_with_a_changed_setting_is_refused_with_both_values(
+    stage1: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
         open_stage1(stage1, Request(resume=True, **options))
+
+
+def test_resuming_with_another_teacher_is_refused(stage1: Path, tmp_path: Path, photos: Path) -> None:
+    train_stage2(stage2_config(photos, stage1 / "last", epochs=1), tmp_path / "stage2")
+    same = Request(resume=True, teacher=str(stage1 / "last"))
+    assert open_stage2(tmp_path / "stage2", stage1, same)[1] is not None
+    with pytest.raises(ConfigError, match=f"--teacher timm/x, where the run has {stage1 / 'last'}"):
+        open_stage2(tmp_path / "stage2", stage1, Request(resume=True, teacher="timm/x"))
+
+
+def test_resuming_with_the_same_settings_or_with_what_changes_no_result_is_allowed(stage1: Path, photos: Path) -> None:
+    settings = ("data.workers=1", "run.checkpoint_every_steps=7", "run.seed=3")
+    config, checkpoint = open_stage1(stage1, Request(resume=True, data=(photos,), batch_size=8, settings=settings))
+    assert checkpoint is not None
+    assert (config.data.workers, config.run.checkpoint_every_steps) == (1, 7)
+    assert config.optim == checkpoint.config.optim
 
 
 def test_resuming_takes_the_checkpoints_settings(stage1: Path, photos: Path) -> None:
@@ -230,13 +249,17 @@ def test_stage_2_takes_pictures_and_backbone_of_its_teacher(stage1: Path, tmp_pa
 def test_stage_2_takes_what_it_is_given_instead(stage1: Path, tmp_path: Path) -> None:
     moved = stage1.rename(tmp_path / "elsewhere")
     request = Request(
-        data=(tmp_path / "others",), teacher=moved / "last", init_from_teacher=False, settings=("backbone.depth=1",)
+        data=(tmp_path / "others",),
+        teacher=str(moved / "last"),
+        init_from_teacher=False,
+        settings=("backbone.depth=1",),
     )
     config, _ = open_stage2(tmp_path / "stage2", tmp_path / "stage1", request)
     assert config.data.sources == (str(tmp_path / "others"),)
     assert config.teacher == str(moved / "last")
+    assert isinstance(config.method, MimCoConfig)
     assert not config.method.init_from_teacher
-    assert config.backbone.depth == 1
+    assert config.backbone.depth == (1,)
 
 
 def test_stage_2_without_a_teacher_names_the_command_that_makes_one(tmp_path: Path) -> None:
@@ -245,7 +268,12 @@ def test_stage_2_without_a_teacher_names_the_command_that_makes_one(tmp_path: Pa
 
 
 def test_stage_2_trains_on_what_stage_1_left(stage1: Path, tmp_path: Path) -> None:
-    settings = ("run.precision=fp32", "mask.mask_patch_size_px=4", "method.hidden_dim=16", "optim.warmup_epochs=0")
+    settings = (
+        "run.precision=fp32",
+        "mask.mask_patch_size_px=4",
+        "method.image.hidden_dim=16",
+        "optim.warmup_epochs=0",
+    )
     request = Request(epochs=1, batch_size=8, settings=settings)
     folder = tmp_path / "stage2"
     config, _ = open_stage2(folder, stage1, request)
@@ -263,7 +291,7 @@ def test_stage_2_trains_on_what_stage_1_left(stage1: Path, tmp_path: Path) -> No
     kept = checkpoint.load_model()
     for name, value in kept.items():
         if name.startswith("teacher."):
-            assert torch.equal(value, teacher[name.replace("teacher.", "encoder.", 1)]), name
+            assert torch.equal(value, teacher[name.replace("teacher.backbone.", "encoder.", 1)]), name
 
 
 def test_a_stage_2_checkpoint_as_teacher_is_pooled_as_it_was_trained(
@@ -273,7 +301,7 @@ def test_a_stage_2_checkpoint_as_teacher_is_pooled_as_it_was_trained(
     config = stage2_config(photos, tmp_path / "stage2" / "last", epochs=1)
     train_stage2(config, tmp_path / "again")
     kept, teacher = (read_checkpoint(tmp_path / name / "last").load_model() for name in ("again", "stage2"))
-    assert torch.equal(kept["teacher.body.norm.weight"], teacher["encoder.body.norm.weight"])
+    assert torch.equal(kept["teacher.backbone.body.norm.weight"], teacher["encoder.body.norm.weight"])
 
 
 def test_no_pictures_in_the_data_is_an_error_of_the_data(tmp_path: Path) -> None:

@@ -93,7 +93,9 @@ def test_seeds_differ_from_each_other_and_from_the_models() -> None:
 def batches(folder: Path, *, held: bool = True, start: int = 0, workers: int = 0) -> list[tuple[torch.Tensor, ...]]:
     corpus = load_corpus(DataConfig(sources=(str(folder),), memory_mib=2048 if held else 0))
     sampler = StepSampler(len(corpus), run_config(global_batch_size=4), start)
-    return [views for views, _ in load_batches(corpus, TwoViews(16, ViewsConfig()), sampler, 3, workers)]
+    return [
+        views for views, _ in load_batches(corpus, TwoViews(16, ViewsConfig(min_crop_scale=0.08)), sampler, 3, workers)
+    ]
 
 
 def test_batches_are_the_same_held_streamed_and_after_a_restart(tmp_path: Path) -> None:
@@ -121,7 +123,7 @@ def test_a_pictures_views_differ_between_epochs(tmp_path: Path) -> None:
 def test_views_depend_on_the_position_and_not_on_the_batch_they_are_in(tmp_path: Path) -> None:
     gallery(tmp_path, 8)
     corpus = load_corpus(DataConfig(sources=(str(tmp_path),)))
-    make = TwoViews(16, ViewsConfig())
+    make = TwoViews(16, ViewsConfig(min_crop_scale=0.08))
     whole = StepSampler(8, run_config(global_batch_size=8))
     halves = StepSampler(8, run_config(global_batch_size=8, accumulate=2))
     eight = [views for views, _ in load_batches(corpus, make, whole, 3, 0)]
@@ -160,7 +162,7 @@ def test_names_of_skipped_pictures_come_with_the_batch(tmp_path: Path) -> None:
     paths[5].write_bytes(b"\xff\xd8\xff broken")
     corpus = load_corpus(DataConfig(sources=(str(tmp_path),), memory_mib=0, max_bad_share=0.5))
     sampler = StepSampler(8, run_config(global_batch_size=8, epochs=1))
-    ((views, bad),) = list(load_batches(corpus, TwoViews(16, ViewsConfig()), sampler, 3, 0))
+    ((views, bad),) = list(load_batches(corpus, TwoViews(16, ViewsConfig(min_crop_scale=0.08)), sampler, 3, 0))
     assert views[0].shape == (8, 3, 16, 16)
     assert len(bad) == 1
     assert str(paths[5]) in bad[0]

@@ -12,8 +12,7 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 
 from mimco_deploy.drawings import draw
-from mimco_deploy.training.augment import MaskedView, TwoViews, to_input
-from mimco_deploy.training.backbone import MEAN, STD
+from mimco_deploy.training.augment import MaskedTwoViews, OneCrop, TwoViews, to_input
 from mimco_deploy.training.config import MaskConfig, ViewsConfig
 from mimco_deploy.training.masking import mask_shape
 from tests.unit.training.small import BACKBONE
@@ -36,6 +35,11 @@ def is_grey(view: Tensor) -> bool:
     return bool((view[0] == view[1]).all() and (view[1] == view[2]).all())
 
 
+VIEWS = ViewsConfig(min_crop_scale=0.08)
+CROP = ViewsConfig(min_crop_scale=0.67)
+SHAPE = mask_shape(16, 4, MaskConfig(mask_patch_size_px=4))
+
+
 def draw_pairs(picture: Image.Image, count: int, config: ViewsConfig, side: int = 16) -> tuple[list[Tensor], ...]:
     torch.manual_seed(0)
     make = TwoViews(side, config)
@@ -44,24 +48,24 @@ def draw_pairs(picture: Image.Image, count: int, config: ViewsConfig, side: int 
 
 
 def test_views_are_bytes_of_the_asked_size() -> None:
-    for view in TwoViews(24, ViewsConfig())(draw("rings", 0, 50)):
+    for view in TwoViews(24, VIEWS)(draw("rings", 0, 50)):
         assert (view.dtype, view.shape) == (torch.uint8, (3, 24, 24))
-    pixels, mask = MaskedView(BACKBONE, MaskConfig(mask_patch_size_px=4))(draw("rings", 0, 50))
+    pixels, mask = OneCrop(16, CROP, SHAPE)(draw("rings", 0, 50))
     assert (pixels.dtype, pixels.shape) == (torch.uint8, (3, 16, 16))
     assert (mask.dtype, mask.shape) == (torch.bool, (4, 4))
-    assert int(mask.sum()) == mask_shape(BACKBONE, MaskConfig(mask_patch_size_px=4)).masked_patches
+    assert int(mask.sum()) == SHAPE.masked_patches
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 40), (300, 7)])
 def test_a_picture_of_any_shape_gives_views(size: tuple[int, int]) -> None:
     picture = Image.new("RGB", size, (10, 200, 90))
-    assert all(view.shape == (3, 16, 16) for view in TwoViews(16, ViewsConfig())(picture))
-    assert MaskedView(BACKBONE, MaskConfig(mask_patch_size_px=4))(picture)[0].shape == (3, 16, 16)
+    assert all(view.shape == (3, 16, 16) for view in TwoViews(16, VIEWS)(picture))
+    assert OneCrop(16, CROP, SHAPE)(picture)[0].shape == (3, 16, 16)
 
 
 def test_the_same_torch_seed_gives_the_same_views() -> None:
     picture = draw("plaid", 0, 48)
-    for make in (TwoViews(16, ViewsConfig()), MaskedView(BACKBONE, MaskConfig(mask_patch_size_px=4))):
+    for make in (TwoViews(16, VIEWS), OneCrop(16, CROP, SHAPE)):
         torch.manual_seed(11)
         first, other = make(picture), make(picture)
         torch.manual_seed(11)
@@ -71,7 +75,7 @@ def test_the_same_torch_seed_gives_the_same_views() -> None:
 
 
 def test_views_draw_from_torchs_generator_alone() -> None:
-    picture, make = draw("plaid", 0, 48), TwoViews(16, ViewsConfig())
+    picture, make = draw("plaid", 0, 48), TwoViews(16, VIEWS)
     torch.manual_seed(3)
     first = make(picture)
     random.seed(99)
@@ -81,12 +85,12 @@ def test_views_draw_from_torchs_generator_alone() -> None:
 
 
 def test_a_fifth_of_the_views_is_grey() -> None:
-    for views in draw_pairs(draw("checks", 1, 48), DRAWS, ViewsConfig()):
+    for views in draw_pairs(draw("checks", 1, 48), DRAWS, VIEWS):
         assert within(sum(map(is_grey, views)) / DRAWS, 0.2)
 
 
 def test_grey_is_drawn_for_each_view_alone() -> None:
-    first, second = draw_pairs(draw("checks", 1, 48), DRAWS, ViewsConfig())
+    first, second = draw_pairs(draw("checks", 1, 48), DRAWS, VIEWS)
     both = sum(is_grey(a) and is_grey(b) for a, b in zip(first, second, strict=True)) / DRAWS
     assert within(both, 0.04)
 
@@ -102,19 +106,19 @@ def test_half_of_the_views_is_mirrored() -> None:
     first, _ = draw_pairs(picture, DRAWS, ViewsConfig(min_crop_scale=0.5))
     assert within(share_mirrored(first), 0.5)
     torch.manual_seed(0)
-    make = MaskedView(BACKBONE, MaskConfig(mask_patch_size_px=4))
+    make = OneCrop(16, CROP, SHAPE)
     assert within(share_mirrored([make(picture)[0] for _ in range(DRAWS)]), 0.5)
 
 
 def test_solarisation_comes_in_view_2_alone_and_in_a_fifth_of_it() -> None:
     """A white picture stays the brightest there is under jitter to 40 %, unless it is inverted: 255 → 0."""
-    first, second = draw_pairs(Image.new("RGB", (32, 32), (255, 255, 255)), DRAWS, ViewsConfig())
+    first, second = draw_pairs(Image.new("RGB", (32, 32), (255, 255, 255)), DRAWS, VIEWS)
     assert all(float(view.float().mean()) > 128 for view in first)
     assert within(sum(float(view.float().mean()) < 128 for view in second) / DRAWS, 0.2)
 
 
 def test_solarisation_inverts_what_is_bright() -> None:
-    _, second = draw_pairs(Image.new("RGB", (32, 32), (100, 100, 100)), DRAWS, ViewsConfig())
+    _, second = draw_pairs(Image.new("RGB", (32, 32), (100, 100, 100)), DRAWS, VIEWS)
     darkest = min(float(view.float().mean()) for view in second)
     assert darkest > 50  # brightness 0.6 of 100 is 60; below 128 nothing is inverted
 
@@ -123,7 +127,7 @@ def test_solarisation_inverts_what_is_bright() -> None:
 def test_crops_cover_the_asked_share_of_the_area(smallest: float) -> None:
     """The ramp says where a crop was taken: its extent in red and green, without the colour jitter's doing."""
     torch.manual_seed(0)
-    make = MaskedView(BACKBONE, MaskConfig(mask_patch_size_px=4, min_crop_scale=smallest))
+    make = OneCrop(16, ViewsConfig(min_crop_scale=smallest), SHAPE)
     shares, ratios = [], []
     for _ in range(300):
         view = make(ramp())[0].float()
@@ -185,7 +189,7 @@ def test_blur_is_drawn_from_its_range_and_scales_with_the_image(monkeypatch: pyt
             super().__init__(radius)
 
     monkeypatch.setattr(ImageFilter, "GaussianBlur", Spy)
-    draw_pairs(draw("sky", 0, 40), 300, ViewsConfig(blur_radius_px=(0.1, 2.0)), 112)
+    draw_pairs(draw("sky", 0, 40), 300, ViewsConfig(min_crop_scale=0.08, blur_radius_px=(0.1, 2.0)), 112)
     assert 0.05 <= min(radii) < 0.1
     assert 0.95 < max(radii) <= 1.0
     assert np.mean(radii) == pytest.approx(0.525, abs=0.05)
@@ -195,7 +199,7 @@ def test_blur_is_drawn_from_its_range_and_scales_with_the_image(monkeypatch: pyt
 def test_colours_are_jittered_in_four_fifths_of_the_views() -> None:
     """A flat colour stays as it is through crop, blur and flip; grey and jitter change it."""
     colour = (90, 60, 110)
-    first, _ = draw_pairs(Image.new("RGB", (32, 32), colour), DRAWS, ViewsConfig())
+    first, _ = draw_pairs(Image.new("RGB", (32, 32), colour), DRAWS, VIEWS)
     expected = torch.tensor(colour, dtype=torch.uint8).view(3, 1, 1).expand(3, 16, 16)
     untouched = sum(torch.equal(view, expected) for view in first) / DRAWS
     assert within(untouched, 0.2 * 0.8)
@@ -204,20 +208,36 @@ def test_colours_are_jittered_in_four_fifths_of_the_views() -> None:
 def test_stage_2_changes_no_colour() -> None:
     colour = (90, 60, 110)
     torch.manual_seed(0)
-    make = MaskedView(BACKBONE, MaskConfig(mask_patch_size_px=4))
+    make = OneCrop(16, CROP, SHAPE)
     for _ in range(50):
         view = make(Image.new("RGB", (32, 32), colour))[0]
         assert view.amax(dim=(1, 2)).tolist() == view.amin(dim=(1, 2)).tolist() == list(colour)
 
 
 def test_input_is_normalised_by_channel() -> None:
-    assert (MEAN, STD) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    mean, std = BACKBONE.mean, BACKBONE.std
+    assert (mean, std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     pixels = torch.zeros(2, 3, 1, 2, dtype=torch.uint8)
     pixels[1] = 255
     pixels[0, :, 0, 1] = torch.tensor([0, 51, 102], dtype=torch.uint8)
-    values = to_input(pixels)
+    values = to_input(pixels, BACKBONE)
     assert (values.dtype, values.shape) == (torch.float32, pixels.shape)
     for channel in range(3):
         for image, column in ((0, 0), (0, 1), (1, 0)):
-            expected = (int(pixels[image, channel, 0, column]) / 255 - MEAN[channel]) / STD[channel]
+            expected = (int(pixels[image, channel, 0, column]) / 255 - mean[channel]) / std[channel]
             assert values[image, channel, 0, column].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_crop_without_a_mask_is_one_tensor() -> None:
+    (crop,) = OneCrop(16, CROP)(draw("rings", 0, 50))
+    assert (crop.dtype, crop.shape) == (torch.uint8, (3, 16, 16))
+
+
+def test_two_masked_views_have_masks_of_their_own() -> None:
+    make = MaskedTwoViews(16, VIEWS, SHAPE, "random")
+    torch.manual_seed(0)
+    view1, mask1, view2, mask2 = make(draw("rings", 0, 50))
+    assert view1.shape == view2.shape == (3, 16, 16)
+    assert mask1.sum() == mask2.sum() == SHAPE.masked_patches
+    assert not torch.equal(mask1, mask2)
+    assert not torch.equal(view1, view2)

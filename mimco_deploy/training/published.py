@@ -1,0 +1,277 @@
+"""Encoders that others trained: files in the layouts that their authors published, and models of timm.
+
+A file is read with torch's weights-only loader. Classes that it names beside the weights (a config of yacs, say, or an
+argparse namespace) become empty dictionaries: nothing of theirs runs. Every key is used or known to be of a head, a
+decoder or a queue; any other is an error that lists it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mimco_deploy.errors import CheckpointError, ConfigError
+from mimco_deploy.training.backbone import Backbone
+from mimco_deploy.training.checkpoint import is_checkpoint, load_encoder, load_strictly, read_checkpoint
+from mimco_deploy.training.config import BackboneConfig
+from mimco_deploy.training.method_config import Pooling
+
+State = dict[str, Tensor]
+
+_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
+"""Width of a published ViT → its attention heads, which no shape tells: DeiT, DINO, MAE and MoBY."""
+_MOCOV3_HEADS = dict.fromkeys(range(12, 1600, 12), 12)
+"""MoCo v3's ViT-S has as many as its ViT-B."""
+_VIT_NAMES = {192: "vit_tiny", 384: "vit_small", 768: "vit_base", 1024: "vit_large", 1280: "vit_huge"}
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How one project writes its checkpoints."""
+
+    name: str
+    prefix: str
+    """Of the encoder's keys."""
+    dropped: str
+    """Pattern of the keys that are no part of the encoder: heads, decoders, momentum copies, queues."""
+    heads: dict[int, int] = field(default_factory=lambda: _HEADS)
+
+
+_LAYOUTS = (
+    _Layout(
+        "MoCo v3",
+        "module.base_encoder.",
+        r"module\.(base_encoder\.head\.|momentum_encoder\.|predictor\.)",
+        _MOCOV3_HEADS,
+    ),
+    _Layout(
+        "MoBY or SimMIM",
+        "encoder.",
+        r"encoder_k\.|projector(_k)?\.|predictor\.|queue(1|2|_ptr)$|decoder\.|encoder\.(head\.|mask_token$)",
+    ),
+    _Layout("DINO", "backbone.", r"head\.|backbone\.head\."),
+    _Layout("DINO, MAE or DeiT", "", r"head\.|mask_token$|decoder_"),
+)
+
+
+def load_teacher(source: str) -> tuple[Backbone, Pooling]:
+    """A teacher from anywhere.
+
+    Args:
+        source: a checkpoint folder of mimco's, a file of published weights, a folder that timm wrote, or `timm/NAME`
+            for a model of timm's hub.
+
+    Returns:
+        The backbone, and how it was trained to give one vector an image: `cls` or `mean`.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be loaded in full.
+    """
+    path = Path(source)
+    if source.startswith("timm/") and not path.exists():
+        backbone = load_from_timm(source.removeprefix("timm/"))
+    elif is_checkpoint(path):
+        return load_encoder(read_checkpoint(path))
+    elif path.is_dir():
+        backbone = load_from_timm(f"local-dir:{path}")
+    else:
+        backbone = load_published(path)
+    return backbone, backbone.own_pooling
+
+
+def load_published(path: Path) -> Backbone:
+    """The encoder in a file of published weights: MoCo v3, MoBY, SimMIM (Swin), DINO, MAE, DeiT, or others like them.
+
+    Args:
+        path: a torch file or safetensors.
+
+    Returns:
+        The backbone, its architecture and sizes read off the weights.
+
+    Raises:
+        CheckpointError: the file cannot be read, is of no known layout, or has missing or surplus keys; lists them.
+    """
+    state = _find_state(_read(path), path)
+    layout = next(layout for layout in _LAYOUTS if any(key.startswith(layout.prefix) for key in state))
+    kept = {key: value for key, value in state.items() if not re.match(layout.dropped, key)}
+    foreign = [key for key in kept if not key.startswith(layout.prefix)]
+    if foreign:
+        raise CheckpointError(
+            f"{path}: surplus keys {', '.join(foreign)}", expected=f"{layout.prefix}* and the heads of {layout.name}"
+        )
+    encoder = {key.removeprefix(layout.prefix): value for key, value in kept.items()}
+    try:
+        config = _swin_config(encoder) if "layers.0.blocks.0.norm1.weight" in encoder else _vit_config(encoder, layout)
+        backbone = Backbone(config)
+    except (KeyError, ConfigError) as error:
+        expected = "a ViT or Swin in the layout of MoCo v3, MoBY, SimMIM (Swin), DINO, MAE or DeiT"
+        raise CheckpointError(f"{path}: as a {layout.name} file, {error}", expected=expected) from error
+    if config.name.startswith("swin"):
+        encoder = _as_timms_swin(encoder)
+    load_strictly(backbone.body, encoder, path)
+    return backbone
+
+
+def load_from_timm(name: str) -> Backbone:
+    """A model with weights from timm: by its name on the hub, or from a folder that timm wrote.
+
+    Args:
+        name: such as `vit_small_patch16_224.dino`, or `local-dir:FOLDER`.
+
+    Returns:
+        The backbone, which pools and normalises as timm says.
+
+    Raises:
+        CheckpointError: timm does not know the model, cannot reach its weights, or mimco cannot build it again.
+    """
+    try:
+        body: Any = timm.create_model(name, pretrained=True, num_classes=0)
+    except Exception as error:  # the hub, the network, files and timm each have errors of their own
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"timm cannot load {name}: {reason}", expected="a model of timm whose weights can be reached"
+        ) from error
+    backbone = Backbone(_describe(body))
+    load_strictly(backbone.body, body.state_dict(), Path(name))  # so that a resumed run can build it from the config
+    return backbone
+
+
+class _Inert:
+    """Stands in for whatever class or function a file names beside its weights: an empty dictionary comes of it."""
+
+    def __new__(cls, *_: object) -> Any:
+        return OrderedDict()
+
+
+def _read(path: Path) -> Any:
+    if not path.is_file():
+        raise CheckpointError(f"no file {path}", expected="a checkpoint folder, a file of weights or timm/NAME")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        try:
+            foreign = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+            zipped = True
+        except ValueError:  # torch's format before 1.6; the loader refuses whatever it does not know
+            foreign, zipped = [], False
+        with torch.serialization.safe_globals([(_Inert, name) for name in foreign]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: {error}", expected="a file of weights") from error
+    except Exception as error:  # an unpickler of broken bytes raises nearly anything, with advice over many lines
+        raise CheckpointError(
+            f"{path} cannot be read", expected="a file that torch.save wrote, or safetensors"
+        ) from error
+
+
+def _find_state(document: Any, path: Path) -> State:
+    """The weights, wherever in the file its project puts them."""
+    if isinstance(document, dict):
+        for name in ("state_dict", "model", "teacher"):
+            if isinstance(document.get(name), dict):
+                document = document[name]
+                break
+        if document and all(isinstance(value, Tensor) for value in document.values()):
+            return dict(document)
+    raise CheckpointError(
+        f"{path} holds no weights", expected="tensors, or a dictionary of them in model or state_dict"
+    )
+
+
+def _vit_config(state: State, layout: _Layout) -> BackboneConfig:
+    width, _, patch, _ = state["patch_embed.proj.weight"].shape
+    if width not in layout.heads:
+        raise ConfigError(
+            f"a width of {width} does not tell the number of attention heads",
+            expected=f"one of {', '.join(map(str, _HEADS))}, or a folder of timm's, whose config.json tells it",
+        )
+    depth = 1 + max((int(match[1]) for key in state if (match := re.match(r"blocks\.(\d+)\.", key))), default=-1)
+    grid = math.isqrt(state["pos_embed"].shape[1] - 1)
+    return BackboneConfig(
+        name=f"{_VIT_NAMES.get(width, 'vit_base')}_patch{14 if width == 1280 else 16}_224",
+        image_size_px=grid * patch,
+        patch_size_px=patch,
+        embed_dim=width,
+        depth=(depth,),
+        num_heads=(layout.heads[width],),
+    )
+
+
+def _swin_config(state: State) -> BackboneConfig:
+    width, _, patch, _ = state["patch_embed.proj.weight"].shape
+    depth: list[int] = []
+    while f"layers.{len(depth)}.blocks.0.norm1.weight" in state:
+        stage, blocks = len(depth), 0
+        while f"layers.{stage}.blocks.{blocks}.norm1.weight" in state:
+            blocks += 1
+        depth.append(blocks)
+    tables = [state[f"layers.{stage}.blocks.0.attn.relative_position_bias_table"] for stage in range(len(depth))]
+    windows = [(math.isqrt(len(table)) + 1) // 2 for table in tables]
+    side = 2 ** (len(depth) - 1) * windows[0] * patch  # a last stage of one window, as in every published Swin
+    for stage in range(len(depth)):
+        shifted = state.get(f"layers.{stage}.blocks.1.attn_mask")  # [windows, …], where the stage has several of them
+        if shifted is not None:
+            side = math.isqrt(len(shifted)) * windows[stage] * 2**stage * patch
+            break
+    return BackboneConfig(
+        name="swin_tiny_patch4_window7_224",
+        image_size_px=side,
+        patch_size_px=patch,
+        embed_dim=width,
+        depth=tuple(depth),
+        num_heads=tuple(table.shape[1] for table in tables),
+        window=windows[0],
+    )
+
+
+def _as_timms_swin(state: State) -> State:
+    """Two buffers fewer, which timm computes anew; and a stage's merging of patches counts to the next one."""
+    weights = {
+        key: value for key, value in state.items() if not key.endswith((".attn_mask", ".relative_position_index"))
+    }
+    if not any(key.startswith("layers.0.downsample.") for key in weights):
+        return weights  # written by timm
+    return {
+        re.sub(r"^layers\.(\d+)\.downsample", lambda match: f"layers.{int(match[1]) + 1}.downsample", key): value
+        for key, value in weights.items()
+    }
+
+
+def _describe(body: Any) -> BackboneConfig:
+    """The config of a model that timm built."""
+    cfg = body.pretrained_cfg
+    side = getattr(getattr(body, "patch_embed", None), "img_size", None) or cfg["input_size"][1:]
+    sizes: dict[str, Any] = {}
+    if hasattr(body, "blocks") and hasattr(body, "patch_embed"):
+        first = body.blocks[0]
+        if hasattr(getattr(first, "attn", None), "num_heads"):
+            sizes = {"embed_dim": body.embed_dim, "depth": (len(body.blocks),), "num_heads": (first.attn.num_heads,)}
+    elif hasattr(body, "layers") and hasattr(body, "patch_embed"):
+        firsts = [stage.blocks[0] for stage in body.layers]
+        sizes = {
+            "embed_dim": body.patch_embed.proj.out_channels,
+            "depth": tuple(len(stage.blocks) for stage in body.layers),
+            "num_heads": tuple(block.attn.num_heads for block in firsts),
+            "window": firsts[0].attn.window_size[0],
+        }
+    if sizes:
+        sizes["patch_size_px"] = body.patch_embed.patch_size[0]
+    pool = body.global_pool if isinstance(getattr(body, "global_pool", None), str) else "avg"
+    return BackboneConfig(
+        name=cfg["architecture"],
+        image_size_px=side[0],
+        global_pool=pool,
+        mean=tuple(cfg["mean"]),
+        std=tuple(cfg["std"]),
+        **sizes,
+    )
