@@ -106,8 +106,8 @@ class _SyncedBatchNorm(nn.BatchNorm1d):
         assert self.num_batches_tracked is not None
         assert self.momentum is not None
         wide = rows.float()
-        mean = _mean_of_all(wide.mean(dim=0))
-        variance = _mean_of_all((wide - mean).square().mean(dim=0))
+        mean = mean_of_all(wide.mean(dim=0))
+        variance = mean_of_all((wide - mean).square().mean(dim=0))
         count = len(rows) * world_size()
         with torch.no_grad():
             self.num_batches_tracked += 1
@@ -119,7 +119,10 @@ class _SyncedBatchNorm(nn.BatchNorm1d):
         return normalised.to(rows.dtype)
 
 
-def _mean_of_all(value: Tensor) -> Tensor:
+def mean_of_all(value: Tensor) -> Tensor:
+    """Mean over processes, of any shape; gradients flow through."""
+    if world_size() == 1:
+        return value
     result: Tensor = _SumOfAll.apply(value)
     return result / world_size()
 

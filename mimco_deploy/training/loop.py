@@ -28,7 +28,7 @@ from mimco_deploy.training.checkpoint import Checkpoint, load_strictly, save_che
 from mimco_deploy.training.config import BackboneConfig, RunConfig, Stage1Config, Stage2Config
 from mimco_deploy.training.corpus import Corpus
 from mimco_deploy.training.data import Batches, MakeViews, StepSampler, load_batches, seed_for
-from mimco_deploy.training.distributed import any_process, is_main, rank, synchronise_batch_norm, world_size
+from mimco_deploy.training.distributed import any_process, is_main, mean_of_all, rank, synchronise_batch_norm, world_size
 from mimco_deploy.training.monitor import RunLog, check_alive, check_finite
 from mimco_deploy.training.optim import build_optimizer, clip_gradients
 from mimco_deploy.training.schedules import lr_schedule
@@ -263,9 +263,16 @@ class _Meter:
         self._steps += 1
 
     def check(self) -> None:
-        """Raise for the first pending step that is NaN or collapsed; before a checkpoint, so that none holds it."""
-        for step, metrics in self._pending:
-            self._row = {name: float(value) for name, value in metrics.items()}
+        """Raise for the first pending step that is NaN or collapsed; before a checkpoint, so that none holds it.
+
+        What is checked and logged is the mean over all processes, so that they stop together.
+        """
+        if not self._pending:
+            return
+        names = list(self._pending[0][1])
+        table = torch.stack([torch.stack([row[name].float() for name in names]) for _, row in self._pending])
+        for (step, _), values in zip(self._pending, mean_of_all(table).tolist(), strict=True):
+            self._row = dict(zip(names, values, strict=True))
             check_alive(step, self._row)
         self._pending.clear()
 

@@ -216,6 +216,9 @@ def test_a_stop_that_one_process_is_asked_for_stops_both_and_resumes_bit_for_bit
 def test_two_processes_train_each_method_as_one_does(together: Path, name: str) -> None:
     """Keys gathered, batch norm synchronised, draws shared: what is left are sums in another order."""
     assert read_checkpoint(together / f"two-{name}" / "last").step == STEPS
+    one, two = rows_of(together / f"one-{name}"), rows_of(together / f"two-{name}")
+    for row, other in zip(one, two, strict=True):
+        assert other["loss"] == pytest.approx(row["loss"], rel=1e-4)
     assert_close_weights(together / f"two-{name}", together / f"one-{name}")
 
 
