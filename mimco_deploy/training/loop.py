@@ -28,7 +28,14 @@ from mimco_deploy.training.checkpoint import Checkpoint, load_strictly, save_che
 from mimco_deploy.training.config import BackboneConfig, RunConfig, Stage1Config, Stage2Config
 from mimco_deploy.training.corpus import Corpus
 from mimco_deploy.training.data import Batches, MakeViews, StepSampler, load_batches, seed_for
-from mimco_deploy.training.distributed import any_process, is_main, mean_of_all, rank, synchronise_batch_norm, world_size
+from mimco_deploy.training.distributed import (
+    any_process,
+    is_main,
+    mean_of_all,
+    rank,
+    synchronise_batch_norm,
+    world_size,
+)
 from mimco_deploy.training.monitor import RunLog, check_alive, check_finite
 from mimco_deploy.training.optim import build_optimizer, clip_gradients
 from mimco_deploy.training.schedules import lr_schedule

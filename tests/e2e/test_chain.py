@@ -26,6 +26,31 @@ def test_every_step_leaves_its_artefact(chain: Chain) -> None:
     assert list((workspace / "stage1").glob("events.*"))
 
 
+def test_a_swin_goes_the_same_way_by_moby_and_mimco(chain: Chain, tmp_path: Path) -> None:
+    tiny = ("image_size_px=32", "patch_size_px=2", "embed_dim=8", "depth=1,2", "num_heads=2,2", "window=4")
+    small = ("--epochs", "1", "--batch-size", "24", "--set", "data.workers=0")
+    backbone = [word for setting in tiny for word in ("--set", f"backbone.{setting}")]
+    images = chain.home / "images"
+    mimco(tmp_path, "train", "stage1", "--data", images, "--preset", "swin_tiny", *small, *backbone)
+    fit = ("--set", "run.accumulate=1", "--set", "mask.mask_patch_size_px=8")
+    mimco(tmp_path, "train", "stage2", *small, *fit)
+    assert mimco(tmp_path, "export", "--format", "onnx", "--json").json()["parity"]["passed"] is True
+    mimco(tmp_path, "index", images)
+    wanted = chain.pictures[5]
+    assert mimco(tmp_path, "search", wanted, "-k", "1", "--json").json()["hits"][0]["path"] == str(wanted)
+
+
+def test_a_teachers_file_that_does_not_fit_leaves_the_run_that_is_there(chain: Chain, tmp_path: Path) -> None:
+    (tmp_path / "teacher.pth").write_bytes(b"no weights")
+    before = (chain.home / ".mimco/stage2/last/config.json").read_bytes()
+    done = mimco(
+        chain.home, "train", "stage2", "--fresh", "--teacher", tmp_path / "teacher.pth", "--data", "images", code=1
+    )
+    assert done.err.count("\n") == 1
+    assert "teacher.pth cannot be read" in done.err
+    assert (chain.home / ".mimco/stage2/last/config.json").read_bytes() == before
+
+
 def test_an_indexed_picture_finds_itself_first(chain: Chain) -> None:
     wanted = chain.pictures[7]
     answer = mimco(chain.home, "search", wanted, "-k", "3", "--json").json()

@@ -337,11 +337,21 @@ def test_the_queue_fills_with_teacher_tokens_and_is_part_of_the_state() -> None:
     assert only(make_method(("intra",)).patch_level).queue is None
 
 
-def test_this_batchs_tokens_are_no_negatives_from_the_queue() -> None:
+def test_this_batchs_tokens_are_no_negatives_from_the_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They enter it after the loss, in which it is still as the batch before left it."""
+    asked: list[Tensor] = []
+
+    def spy(*arguments: Tensor, queue: Tensor, **rest: Any) -> Tensor:
+        asked.append(queue)
+        return patch_logits(*arguments, queue=queue, **rest)
+
+    monkeypatch.setattr(mimco, "patch_logits", spy)
     method = make_method(("queue",)).train()
-    row = method(*make_batch(4))
-    # Among its own teacher tokens a query would find its positive's like; among random directions it is at chance.
-    assert row["patch_loss"].item() == pytest.approx(math.log(1 + 64), abs=0.7)
+    queue = only(only(method.patch_level).queue)
+    before = queue.rows.clone()
+    method(*make_batch(4))["loss"].backward()
+    assert torch.equal(asked[0], before)
+    assert not torch.equal(queue.rows, before)
 
 
 def test_a_student_of_another_width_learns_from_any_teacher() -> None:
