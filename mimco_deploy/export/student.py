@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mimco_deploy.training.augment import to_input
+from mimco_deploy.training.augment import ToInput
 from mimco_deploy.training.backbone import CROP_SHARE, Backbone
 
 
@@ -26,12 +26,13 @@ class EncoderModule(nn.Module):
     def __init__(self, backbone: Backbone, pooling: str) -> None:
         super().__init__()
         self.backbone = backbone.float()
+        self.to_input = ToInput(backbone.config)
         self.pooling = pooling
         self.requires_grad_(False).eval()
 
     def forward(self, image: Tensor) -> Tensor:
         """uint8 [batch, H, W, 3] → float32 [batch, D], L2-normalised."""
-        features = self.backbone(to_input(image.permute(0, 3, 1, 2), self.backbone.config))
+        features = self.backbone(self.to_input(image.permute(0, 3, 1, 2)))
         return F.normalize(features.pooled(self.pooling), dim=1)
 
 

@@ -15,11 +15,23 @@ from mimco_deploy.training.config import BackboneConfig, ViewsConfig
 from mimco_deploy.training.masking import MaskShape, draw_mask
 
 
-def to_input(pixels: Tensor, backbone: BackboneConfig) -> Tensor:
-    """uint8 [B, 3, H, W] in 0…255 → float32 [B, 3, H, W], normalised by channel as the backbone was trained."""
-    mean = torch.tensor(backbone.mean, device=pixels.device).view(1, 3, 1, 1)
-    std = torch.tensor(backbone.std, device=pixels.device).view(1, 3, 1, 1)
-    return (pixels.float() / 255.0 - mean) / std
+class ToInput(torch.nn.Module):
+    """uint8 [B, 3, H, W] in 0…255 → float32 [B, 3, H, W], normalised by channel as a backbone wants it.
+
+    Args:
+        backbone: gives mean and standard deviation.
+    """
+
+    def __init__(self, backbone: BackboneConfig) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(backbone.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(backbone.std).view(1, 3, 1, 1), persistent=False)
+        self.mean: Tensor
+        self.std: Tensor
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Normalise."""
+        return (pixels.float() / 255.0 - self.mean) / self.std
 
 
 class TwoViews:

@@ -16,11 +16,12 @@ from typing import Any, Literal, NamedTuple
 import timm
 import torch
 import torch.nn.functional as F
-from timm.models import save_for_hf
+from timm.models import checkpoint_seq, save_for_hf
 from timm.models.beit import Beit
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mimco_deploy.errors import ConfigError
 from mimco_deploy.training.config import BackboneConfig
@@ -88,6 +89,11 @@ class Backbone(nn.Module):
     def grid(self) -> int:
         """Output tokens along one side; L is its square."""
         return math.ceil(self.config.image_size_px / self.stride_px)
+
+    @property
+    def has_cls(self) -> bool:
+        """Whether it has a CLS token, which then is `Features.own` unless timm pools."""
+        return _has_cls(self.body)
 
     @property
     def own_pooling(self) -> Literal["mean", "cls"]:
@@ -169,6 +175,11 @@ class Backbone(nn.Module):
             raise ConfigError(f"{self.config.name} at {image_size_px} px", expected=f"{self.config.image_size_px} px")
         self.config = dataclasses.replace(self.config, image_size_px=image_size_px)
 
+    def checkpoint_gradients(self, enabled: bool) -> None:
+        """Whether blocks compute their activations again in the backward pass instead of keeping them."""
+        if hasattr(self.body, "set_grad_checkpointing"):
+            self.body.set_grad_checkpointing(enabled)
+
     def _check_size(self, image_size_px: int) -> None:
         if hasattr(self.body, "patch_embed") and image_size_px % self.stride_px:  # convolutions pad
             raise ConfigError(
@@ -187,21 +198,23 @@ class Backbone(nn.Module):
             tokens = body.pos_drop(tokens if body.pos_embed is None else tokens + body.pos_embed)
             bias = None if body.rel_pos_bias is None else body.rel_pos_bias()
             for block in body.blocks:
-                tokens = block(tokens, shared_rel_pos_bias=bias)
+                run = functools.partial(block, shared_rel_pos_bias=bias)
+                tokens = checkpoint(run, tokens, use_reentrant=False) if body.grad_checkpointing else run(tokens)
         else:
             tokens = body._pos_embed(tokens)  # [B, prefix + L, D]
             if visible is not None:
                 prefix, patches = tokens.tensor_split([body.num_prefix_tokens], dim=1)
                 rows = visible.unsqueeze(2).expand(-1, -1, patches.shape[2])
                 tokens = torch.cat([prefix, patches.gather(1, rows)], dim=1)  # [B, prefix + V, D]
-            tokens = body.blocks(body.norm_pre(tokens))
+            tokens = body.norm_pre(tokens)
+            tokens = checkpoint_seq(body.blocks, tokens) if body.grad_checkpointing else body.blocks(tokens)
         output: Tensor = body.norm(tokens)
         return output
 
     def _features(self, output: Tensor) -> Features:
         """Tokens of timm's three layouts → one."""
         if output.ndim == 3:  # [B, prefix + L, D]
-            patches = output[:, self.body.num_prefix_tokens :]
+            patches = output[:, getattr(self.body, "num_prefix_tokens", 0) :]
         elif getattr(self.body, "output_fmt", "NCHW") == "NHWC":
             patches = output.flatten(1, 2)
         else:

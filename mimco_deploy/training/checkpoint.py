@@ -135,7 +135,11 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         document = json.loads(path.read_text(encoding="utf-8"))
         version, stage = document.pop("format_version"), document.pop("stage")
         if version != FORMAT_VERSION:
-            raise CheckpointError(f"{path} has format version {version}", expected=str(FORMAT_VERSION))
+            raise CheckpointError(
+                f"{path} has format version {version}",
+                expected=str(FORMAT_VERSION),
+                command=f"mimco train {stage} --fresh --data DIR",
+            )
         config = from_document(STAGES[stage], document.pop("config"))
         told = document.pop("teacher")
         teacher = from_document(TeacherSpec, told) if told else None

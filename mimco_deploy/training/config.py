@@ -124,7 +124,14 @@ class RunConfig:
     accumulate: int = 1
     """Micro-batches in one optimiser step. Contrastive terms see the negatives of their own micro-batch only."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """`auto` is bf16 autocast where the device computes in it, else fp32."""
+    """`auto` is bf16 autocast where the device computes in it and the backbone is wide enough to gain by it; else
+    fp32."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Whether torch compiles the backbones; `auto` does so on GPUs. The first step then takes minutes; on a CPU it
+    needs a C++ compiler and gains little."""
+    grad_checkpointing: bool = False
+    """Compute the encoder's activations again in the backward pass instead of keeping them: about a third more time,
+    and several times less memory. Results stay the same."""
     seed: int = 0
     """Everything random is a function of this, the step and the position in the batch."""
     log_every_steps: int = 10

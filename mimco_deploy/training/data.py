@@ -6,6 +6,7 @@ run resumes in the middle of an epoch, and two processes see what one would.
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
@@ -121,3 +122,25 @@ def _collate(items: list[tuple[Views, list[str]] | DataError]) -> tuple[Views, l
         good.append(item)
     views = tuple(torch.stack(columns) for columns in zip(*(views for views, _ in good), strict=True))
     return views, [name for _, names in good for name in names]
+
+
+def fit_batch(run: RunConfig, pictures: int) -> RunConfig:
+    """A run whose global batch the corpus fills: as it is, or with the largest power of two that does.
+
+    A smaller batch is divided into fewer micro-batches, none larger than before.
+    """
+    if run.global_batch_size <= pictures:
+        return run
+    batch = 1 << (pictures.bit_length() - 1)
+    return resize_batch(run, batch)
+
+
+def resize_batch(run: RunConfig, batch: int) -> RunConfig:
+    """A run with another global batch, in as few micro-batches as are no larger than before."""
+    accumulate = fewest_parts(batch, run.global_batch_size // run.accumulate)
+    return dataclasses.replace(run, global_batch_size=batch, accumulate=accumulate)
+
+
+def fewest_parts(whole: int, largest: int) -> int:
+    """The fewest equal parts of `whole`, none above `largest`; at least 1."""
+    return next(parts for parts in range(1, whole + 1) if whole % parts == 0 and whole // parts <= max(1, largest))

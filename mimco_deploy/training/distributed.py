@@ -80,18 +80,19 @@ def rows_of_all(rows: Tensor, numbers: Tensor) -> Tensor:
     return found.to(rows.dtype)
 
 
-def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
+def synchronise_batch_norm(module: nn.Module, device: torch.device) -> None:
     """Make batch norm take its statistics over all processes: torch's own on GPUs, ours on CPUs, where torch has none.
 
     Parameters stay the same objects under the same names.
     """
-    if device.type == "cuda":
-        synced: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
-        return synced
-    for child in module.modules():
-        if type(child) is nn.BatchNorm1d:
-            child.__class__ = _SyncedBatchNorm
-    return module
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if type(child) is not nn.BatchNorm1d:  # that of heads; a teacher's own kinds would lose their activations
+                continue
+            if device.type == "cuda":
+                setattr(parent, name, nn.SyncBatchNorm.convert_sync_batchnorm(child))  # type: ignore[no-untyped-call]
+            else:
+                child.__class__ = _SyncedBatchNorm
 
 
 class _SyncedBatchNorm(nn.BatchNorm1d):

@@ -16,8 +16,10 @@ def ema_update(slow: nn.Module, online: nn.Module, momentum: float) -> None:
         online: of the same shape.
         momentum: m, in [0, 1]: 1 freezes, 0 copies.
     """
-    for old, new in zip(slow.parameters(), online.parameters(), strict=True):
-        old.lerp_(new, 1.0 - momentum)
+    old: list[Tensor] = list(slow.parameters())
+    new: list[Tensor] = list(online.parameters())
+    assert len(old) == len(new)
+    torch._foreach_lerp_(old, new, 1.0 - momentum)  # one launch for all of them
 
 
 class KeyQueue(nn.Module):

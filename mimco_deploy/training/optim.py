@@ -26,7 +26,7 @@ def build_optimizer(method: nn.Module, config: OptimConfig) -> torch.optim.AdamW
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": spared, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], betas=config.betas)
+    return torch.optim.AdamW([group for group in groups if group["params"]], betas=config.betas, fused=True)
 
 
 def clip_gradients(method: nn.Module, norm: float) -> None:

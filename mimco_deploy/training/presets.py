@@ -236,12 +236,8 @@ def with_stage1_method(config: Stage1Config, name: str) -> Stage1Config:
     if name == config.method.name:
         return config
     hidden, out = config.method.hidden_dim, config.method.projection_dim
-    if name == "mocov3":
-        optim = _mocov3(config.backbone, config.run.global_batch_size).optim
-        backbone = dataclasses.replace(config.backbone, drop_path=0.0)
-        return dataclasses.replace(
-            config, backbone=backbone, optim=optim, method=MoCoV3Config(hidden_dim=hidden, projection_dim=out)
-        )
+    if name == "mocov3":  # in place of a Swin's MoBY; the method says that it wants a ViT
+        return dataclasses.replace(config, method=MoCoV3Config(hidden_dim=hidden, projection_dim=out))
     if name == "moby":
         optim, drop_path = _moby_optim(), 0.2  # MoBY, for Swin-T and DeiT-S alike
         optim = dataclasses.replace(optim, warmup_epochs=min(optim.warmup_epochs, config.optim.warmup_epochs))

@@ -18,6 +18,9 @@ import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.models.beit import Beit
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from mimco_deploy.errors import CheckpointError, ConfigError
@@ -113,7 +116,7 @@ def load_published(path: Path) -> Backbone:
     try:
         config = _swin_config(encoder) if "layers.0.blocks.0.norm1.weight" in encoder else _vit_config(encoder, layout)
         backbone = Backbone(config)
-    except (KeyError, ConfigError) as error:
+    except (KeyError, ValueError, IndexError, ConfigError) as error:
         expected = "a ViT or Swin in the layout of MoCo v3, MoBY, SimMIM (Swin), DINO, MAE or DeiT"
         raise CheckpointError(f"{path}: as a {layout.name} file, {error}", expected=expected) from error
     if config.name.startswith("swin"):
@@ -141,7 +144,10 @@ def load_from_timm(name: str) -> Backbone:
         raise CheckpointError(
             f"timm cannot load {name}: {reason}", expected="a model of timm whose weights can be reached"
         ) from error
-    backbone = Backbone(_describe(body))
+    try:
+        backbone = Backbone(_describe(body))
+    except ConfigError as error:
+        raise CheckpointError(f"{name} of timm: {error}", expected="a model that mimco can build again") from error
     load_strictly(backbone.body, body.state_dict(), Path(name))  # so that a resumed run can build it from the config
     return backbone
 
@@ -181,7 +187,7 @@ def _find_state(document: Any, path: Path) -> State:
             if isinstance(document.get(name), dict):
                 document = document[name]
                 break
-        if document and all(isinstance(value, Tensor) for value in document.values()):
+        if document and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in document.items()):
             return dict(document)
     raise CheckpointError(
         f"{path} holds no weights", expected="tensors, or a dictionary of them in model or state_dict"
@@ -248,22 +254,22 @@ def _as_timms_swin(state: State) -> State:
 
 
 def _describe(body: Any) -> BackboneConfig:
-    """The config of a model that timm built."""
+    """The config of a model that timm built; sizes of the families that can be built in other sizes."""
     cfg = body.pretrained_cfg
     side = getattr(getattr(body, "patch_embed", None), "img_size", None) or cfg["input_size"][1:]
     sizes: dict[str, Any] = {}
-    if hasattr(body, "blocks") and hasattr(body, "patch_embed"):
-        first = body.blocks[0]
-        if hasattr(getattr(first, "attn", None), "num_heads"):
-            sizes = {"embed_dim": body.embed_dim, "depth": (len(body.blocks),), "num_heads": (first.attn.num_heads,)}
-    elif hasattr(body, "layers") and hasattr(body, "patch_embed"):
-        firsts = [stage.blocks[0] for stage in body.layers]
+    if isinstance(body, SwinTransformer):
+        stages: Any = body.layers
+        firsts = [stage.blocks[0] for stage in stages]
         sizes = {
-            "embed_dim": body.patch_embed.proj.out_channels,
-            "depth": tuple(len(stage.blocks) for stage in body.layers),
+            "embed_dim": body.embed_dim,
+            "depth": tuple(len(stage.blocks) for stage in stages),
             "num_heads": tuple(block.attn.num_heads for block in firsts),
             "window": firsts[0].attn.window_size[0],
         }
+    elif isinstance(body, VisionTransformer | Beit):
+        heads = getattr(getattr(body.blocks[0], "attn", None), "num_heads", 0)
+        sizes = {"embed_dim": body.embed_dim, "depth": (len(body.blocks),), "num_heads": (heads,) if heads else ()}
     if sizes:
         sizes["patch_size_px"] = body.patch_embed.patch_size[0]
     pool = body.global_pool if isinstance(getattr(body, "global_pool", None), str) else "avg"

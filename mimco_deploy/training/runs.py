@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -12,14 +13,18 @@ import torch
 from mimco_deploy.atomic import current_dir
 from mimco_deploy.errors import CheckpointError, ConfigError, WorkspaceError
 from mimco_deploy.training.checkpoint import Checkpoint, is_checkpoint, read_checkpoint
-from mimco_deploy.training.config import BackboneConfig, DataConfig, Stage1Config, Stage2Config
+from mimco_deploy.training.config import BackboneConfig, Stage1Config, Stage2Config
+from mimco_deploy.training.data import resize_batch
 from mimco_deploy.training.presets import PRESETS, WITH_TEACHER, Recipe, with_stage1_method, with_stage2_method
 from mimco_deploy.training.published import load_teacher
 from mimco_deploy.training.settings import apply_settings, differences
 
 StageT = TypeVar("StageT", Stage1Config, Stage2Config)
 
-_MAY_CHANGE = ("data.memory_mib", "data.workers", "run.checkpoint_every_steps", "run.log_every_steps")
+_MAY_CHANGE = (
+    *("data.memory_mib", "data.workers"),
+    *("run.checkpoint_every_steps", "run.log_every_steps", "run.compile", "run.grad_checkpointing"),
+)
 """Settings that a resumed run may be given anew: they do not change what is learned."""
 LAST = "last"
 """Name of the checkpoint in a run's folder."""
@@ -41,25 +46,21 @@ class Request:
     teacher: str | None = None
     init_from_teacher: bool | None = None
 
-    def all_settings(self) -> list[str]:
-        """Every option that is a setting, as one."""
-        named = {
-            "run.epochs": self.epochs,
-            "run.global_batch_size": self.batch_size,
-            "method.init_from_teacher": self.init_from_teacher,
-        }
-        return [*(f"{key}={value}" for key, value in named.items() if value is not None), *self.settings]
-
     def apply(self, config: StageT) -> StageT:
         """The config with every option of the request in it."""
-        if self.epochs is not None:  # a shorter run warms up for the same share of itself
-            warmup = config.optim.warmup_epochs * self.epochs / config.run.epochs
-            config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, warmup_epochs=warmup))
-        config = apply_settings(config, self.all_settings())
-        if not self.data:
-            return config
-        sources = tuple(str(path.resolve()) for path in self.data)  # the workspace may be used from another folder
-        return dataclasses.replace(config, data=dataclasses.replace(config.data, sources=sources))
+        run, optim = config.run, config.optim
+        if self.epochs is not None and self.epochs != run.epochs:
+            # a shorter run warms up for the same share of itself
+            optim = dataclasses.replace(optim, warmup_epochs=optim.warmup_epochs * self.epochs / run.epochs)
+            run = dataclasses.replace(run, epochs=self.epochs)
+        if self.batch_size is not None and self.batch_size != run.global_batch_size:
+            run = resize_batch(run, self.batch_size)
+        config = dataclasses.replace(config, run=run, optim=optim)
+        if self.data:
+            sources = tuple(str(path.resolve()) for path in self.data)  # the workspace may be used from another folder
+            config = dataclasses.replace(config, data=dataclasses.replace(config.data, sources=sources))
+        start = "" if self.init_from_teacher is None else f"method.init_from_teacher={self.init_from_teacher}"
+        return apply_settings(config, filter(None, (start, *self.settings)))
 
 
 def open_stage1(folder: Path, request: Request) -> tuple[Stage1Config, Checkpoint | None]:
@@ -71,7 +72,13 @@ def open_stage1(folder: Path, request: Request) -> tuple[Stage1Config, Checkpoin
     checkpoint = _open_folder(folder, "stage1", request)
     if checkpoint is not None:
         assert isinstance(checkpoint.config, Stage1Config)
-        return _resumed(checkpoint.config, request), checkpoint
+        kept = checkpoint.config
+        base = kept
+        if request.preset or request.method:
+            preset = _preset(request.preset).stage1 if request.preset else kept
+            base = with_stage1_method(preset, request.method or preset.method.name)
+            base = dataclasses.replace(base, data=dataclasses.replace(base.data, sources=kept.data.sources))
+        return _same(kept, request.apply(base)), checkpoint
     if not request.data:
         raise ConfigError("no pictures to train on", command="mimco train stage1 --data DIR")
     config = _preset(request.preset or _default_preset()).stage1
@@ -84,29 +91,39 @@ def open_stage2(folder: Path, stage1: Path, request: Request) -> tuple[Stage2Con
     Args:
         folder: of the stage-2 run.
         stage1: folder of the stage-1 run, which is the teacher where the request names none; methods without a teacher
-            take its pictures and backbone if it is there.
+            take its pictures and backbone where none are given.
         request: the options.
 
     Raises:
         MimcoError: as for stage 1, or there is no teacher.
     """
+    method = request.method or "mimco"
     checkpoint = _open_folder(folder, "stage2", request)
     if checkpoint is not None:
         assert isinstance(checkpoint.config, Stage2Config)
-        return _resumed(checkpoint.config, request), checkpoint
-    method = request.method or "mimco"
-    source = _source(stage1, request.teacher, needed=method in WITH_TEACHER)
-    backbone, data = _of_source(source) if source else (None, None)
-    if request.preset or backbone is None:
-        recipe = _preset(request.preset or _default_preset())
-    else:
-        recipe = _recipe_for(backbone)
-    if data is None and not request.data:
-        raise ConfigError("no pictures to train on", command="mimco train stage2 --data DIR")
-    config = with_stage2_method(recipe, method)
-    if method in WITH_TEACHER:
-        config = dataclasses.replace(config, teacher=source)
-    return request.apply(dataclasses.replace(config, data=data or config.data)), None
+        kept = checkpoint.config
+        base = kept
+        if request.preset or request.method not in (None, kept.method.name):
+            recipe = _preset(request.preset) if request.preset else recipe_for(kept.backbone)
+            base = with_stage2_method(recipe, request.method or kept.method.name)
+            data = dataclasses.replace(base.data, sources=kept.data.sources) if request.preset else kept.data
+            base = dataclasses.replace(base, data=data, teacher=kept.teacher)
+        if request.teacher is not None:
+            base = dataclasses.replace(base, teacher=_whole(request.teacher))
+        return _same(kept, request.apply(base)), checkpoint
+    if method not in WITH_TEACHER:
+        if request.teacher is not None:
+            raise ConfigError(f"--teacher with --method {method}", expected=f"--method {' or '.join(WITH_TEACHER)}")
+        source = str(stage1 / LAST) if current_dir(stage1 / LAST).is_dir() else ""
+        config = with_stage2_method(_recipe(request, source), method)
+        return _with_pictures(config, request, source), None
+    source = _whole(request.teacher) if request.teacher is not None else str((stage1 / LAST).resolve())
+    if request.teacher is None and not current_dir(Path(source)).is_dir():
+        raise WorkspaceError(
+            f"no teacher in {source}", expected="a checkpoint", command="mimco train stage1 --data DIR"
+        )
+    config = dataclasses.replace(with_stage2_method(_recipe(request, source), method), teacher=source)
+    return _with_pictures(config, request, source), None
 
 
 def _open_folder(folder: Path, stage: str, request: Request) -> Checkpoint | None:
@@ -126,18 +143,9 @@ def _open_folder(folder: Path, stage: str, request: Request) -> Checkpoint | Non
     return None
 
 
-def _resumed(config: StageT, request: Request) -> StageT:
-    """The run's own settings; what decides only how fast it goes and how often it tells may be asked for anew."""
-    asked = request.apply(config)
-    changes = list(differences(config, asked))
-    if request.preset is not None:
-        changes.append(("--preset", "settings of its own", request.preset))
-    if request.method not in (None, config.method.name):
-        changes.append(("--method", config.method.name, request.method))
-    if isinstance(config, Stage2Config) and request.teacher is not None:
-        teacher = _source(Path(), request.teacher, needed=True)
-        if teacher != config.teacher:
-            changes.append(("--teacher", config.teacher, teacher))
+def _same(kept: StageT, asked: StageT) -> StageT:
+    """What was asked for, if it is the run's own settings but for how fast it goes and how often it tells."""
+    changes = sorted(differences(kept, asked), key=lambda change: change[0] != "method.name")
     for key, old, new in changes:
         if key not in _MAY_CHANGE:
             raise ConfigError(
@@ -146,26 +154,35 @@ def _resumed(config: StageT, request: Request) -> StageT:
     return asked
 
 
-def _source(stage1: Path, given: str | None, *, needed: bool) -> str:
-    """Where the teacher is: as given, a path made whole; else the stage-1 run; empty where there is none."""
-    if given is not None:
-        hub = given.startswith("timm/") and not Path(given).exists()
-        return given if hub else str(Path(given).resolve())
-    last = (stage1 / LAST).resolve()
-    if current_dir(last).is_dir():
-        return str(last)
-    if needed:
-        raise WorkspaceError(f"no teacher in {last}", expected="a checkpoint", command="mimco train stage1 --data DIR")
-    return ""
+def _whole(teacher: str) -> str:
+    """A path made whole, for the workspace may be used from another folder; names of timm's hub stay."""
+    hub = teacher.startswith("timm/") and not Path(teacher).exists()
+    return teacher if hub else str(Path(teacher).resolve())
 
 
-def _of_source(source: str) -> tuple[BackboneConfig, DataConfig | None]:
-    """Backbone of a teacher, and the pictures of its run if it is one of ours."""
-    if is_checkpoint(Path(source)):
-        run = read_checkpoint(Path(source))
-        run.warn_if_unfinished()
-        return run.config.backbone, run.config.data
-    return load_teacher(source)[0].config, None
+def _recipe(request: Request, source: str) -> Recipe:
+    """The preset that was asked for, or the one that suits the teacher, with a student like it."""
+    if request.preset or not source:
+        return _preset(request.preset or _default_preset())
+    path = Path(source)
+    if not is_checkpoint(path):
+        return recipe_for(load_teacher(source)[0].config)
+    run = read_checkpoint(path)
+    run.warn_if_unfinished()
+    return recipe_for(run.config.backbone)
+
+
+def _with_pictures(config: Stage2Config, request: Request, source: str) -> Stage2Config:
+    """The request's pictures, or those of the teacher's run; with all of that run's data settings but for a preset."""
+    path = Path(source)
+    if source and is_checkpoint(path) and not (request.preset and request.data):
+        data = read_checkpoint(path).config.data
+        if request.preset:
+            data = dataclasses.replace(config.data, sources=data.sources)
+        config = dataclasses.replace(config, data=data)
+    elif not request.data:
+        raise ConfigError("no pictures to train on", command="mimco train stage2 --data DIR")
+    return request.apply(config)
 
 
 def _preset(name: str) -> Recipe:
@@ -178,17 +195,28 @@ def _default_preset() -> str:
     return "vit_small" if torch.cuda.is_available() else "vit_tiny_debug"
 
 
-def _recipe_for(backbone: BackboneConfig) -> Recipe:
-    """The preset made for a teacher like this, with a student of the teacher's architecture and sizes."""
-    same_name = [recipe for make in PRESETS.values() if (recipe := make()).stage2.backbone.name == backbone.name]
-    same_size = [recipe for recipe in same_name if recipe.stage2.backbone.image_size_px == backbone.image_size_px]
-    if not same_name:
+def recipe_for(teacher: BackboneConfig) -> Recipe:
+    """The preset nearest to a teacher, with a student of the teacher's architecture and sizes."""
+    family = "swin" if teacher.name.startswith("swin") else "vit"
+    if not any(part in teacher.name for part in ("vit", "deit", "beit", "swin_")):
         raise ConfigError(
-            f"no preset for the teacher's {backbone.name}", expected=f"--preset {' or '.join(sorted(PRESETS))}"
+            f"no preset for the teacher's {teacher.name}", expected=f"--preset {' or '.join(sorted(PRESETS))}"
         )
-    recipe = (same_size or same_name)[0]
-    plain = recipe.stage2.backbone
+
+    def distance(recipe: Recipe) -> tuple[float, float]:
+        plain = recipe.stage2.backbone
+        size = abs(math.log(plain.image_size_px / teacher.image_size_px))
+        return size, abs(math.log(plain.embed_dim / (teacher.embed_dim or plain.embed_dim)))
+
+    recipes = [make() for make in PRESETS.values()]
+    recipe = min((one for one in recipes if one.stage2.backbone.name.startswith(family)), key=distance)
+    plain, mask = recipe.stage2.backbone, recipe.stage2.mask
     student = dataclasses.replace(
-        backbone, drop_path=plain.drop_path, global_pool=plain.global_pool, mean=plain.mean, std=plain.std
+        teacher, drop_path=plain.drop_path, global_pool=plain.global_pool, mean=plain.mean, std=plain.std
     )
-    return dataclasses.replace(recipe, stage2=dataclasses.replace(recipe.stage2, backbone=student))
+    unit, patch = mask.mask_patch_size_px, teacher.patch_size_px or plain.patch_size_px
+    if unit % patch or teacher.image_size_px % unit:
+        grid = teacher.image_size_px // patch
+        mask = dataclasses.replace(mask, mask_patch_size_px=patch if grid % 2 else 2 * patch)
+    stage2 = dataclasses.replace(recipe.stage2, backbone=student, mask=mask)
+    return dataclasses.replace(recipe, stage2=stage2)

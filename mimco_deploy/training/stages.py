@@ -17,9 +17,9 @@ from mimco_deploy.training.backbone import Backbone
 from mimco_deploy.training.checkpoint import Checkpoint
 from mimco_deploy.training.config import Stage1Config, Stage2Config
 from mimco_deploy.training.corpus import Corpus, load_corpus
-from mimco_deploy.training.data import MakeViews
+from mimco_deploy.training.data import MakeViews, fit_batch
 from mimco_deploy.training.distributed import is_main, process_group, world_size
-from mimco_deploy.training.loop import StepReport, fit_batch, train
+from mimco_deploy.training.loop import StepReport, train
 from mimco_deploy.training.method_config import (
     FDConfig,
     JointConfig,
@@ -66,17 +66,11 @@ def train_stage1(
     """
     with process_group() as device:
         corpus = load_corpus(config.data)
-        config = _fit(config, corpus, resume)
+        asked, config = config, _fit(config, corpus, resume)
         torch.manual_seed(config.run.seed)
-        method: nn.Module
-        match config.method:
-            case MoCoV3Config():
-                method = MoCoV3(config.backbone, config.method)
-            case MoBYConfig():
-                method = MoBY(config.backbone, config.method)
-        make_views = TwoViews(config.backbone.image_size_px, config.views)
+        method, make_views = build_stage1(config)
         _prepare_folder(folder, resume)
-        train(method.to(device), config, corpus, make_views, folder, resume=resume, on_step=on_step)
+        train(method.to(device), config, corpus, make_views, folder, asked=asked, resume=resume, on_step=on_step)
 
 
 def train_stage2(
@@ -96,11 +90,25 @@ def train_stage2(
     with process_group() as device:
         teacher = _teacher(config, resume)
         corpus = load_corpus(config.data)
-        config = _fit(config, corpus, resume)
+        asked, config = config, _fit(config, corpus, resume)
         torch.manual_seed(config.run.seed)
         method, make_views = build_stage2(config, teacher)
         _prepare_folder(folder, resume)
-        train(method.to(device), config, corpus, make_views, folder, resume=resume, on_step=on_step)
+        train(method.to(device), config, corpus, make_views, folder, asked=asked, resume=resume, on_step=on_step)
+
+
+def build_stage1(config: Stage1Config) -> tuple[nn.Module, MakeViews]:
+    """The method of stage 1 that `config` names, and the views that it takes.
+
+    Raises:
+        ConfigError: the backbone does not suit the method.
+    """
+    make_views = TwoViews(config.backbone.image_size_px, config.views)
+    match config.method:
+        case MoCoV3Config():
+            return MoCoV3(config.backbone, config.method), make_views
+        case MoBYConfig():
+            return MoBY(config.backbone, config.method), make_views
 
 
 def build_stage2(config: Stage2Config, teacher: tuple[Backbone, Pooling] | None) -> tuple[nn.Module, MakeViews]:
@@ -152,21 +160,21 @@ def _prepare_folder(folder: Path, resume: Checkpoint | None) -> None:
 
 
 def _fit(config: StageConfig, corpus: Corpus, resume: Checkpoint | None) -> StageConfig:
-    run = config.run
+    asked, run = config.run, fit_batch(config.run, len(corpus))
     check_warmup(config.optim, run.epochs)
-    batch = fit_batch(run, len(corpus))
-    if batch < run.global_batch_size:
-        logger.warning("global batch of %d instead of %d: %d pictures", batch, run.global_batch_size, len(corpus))
-        config = dataclasses.replace(config, run=dataclasses.replace(run, global_batch_size=batch))
-    steps = len(corpus) // batch * run.epochs
+    if run != asked:
+        batch, wanted = run.global_batch_size, asked.global_batch_size
+        logger.warning("global batch of %d instead of %d: %d pictures", batch, wanted, len(corpus))
+    steps = len(corpus) // run.global_batch_size * run.epochs
     if steps < FEW_STEPS and resume is None:
         logger.warning(
             "only %d steps with %d pictures: --epochs or a smaller --batch-size give more", steps, len(corpus)
         )
     parts = run.accumulate * world_size()
-    if batch % parts or batch // parts < 2:
+    if run.global_batch_size % parts or run.global_batch_size // parts < 2:
+        split = f"{world_size()} processes × {run.accumulate} micro-batches"
         raise ConfigError(
-            f"run.global_batch_size {batch} over {world_size()} processes × {run.accumulate} micro-batches",
+            f"run.global_batch_size {run.global_batch_size} over {split}",
             expected="at least 2 pictures in each, evenly; a contrastive loss needs negatives",
         )
-    return config
+    return dataclasses.replace(config, run=run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 import torch
@@ -9,8 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mimco_deploy.errors import ConfigError
+from mimco_deploy.training.augment import ToInput
 from mimco_deploy.training.backbone import Backbone, Features
 from mimco_deploy.training.method_config import Pooling
+
+logger = logging.getLogger(__name__)
 
 
 class Teacher(nn.Module):
@@ -29,21 +33,23 @@ class Teacher(nn.Module):
     def __init__(self, backbone: Backbone, pooling: Pooling, student: Backbone, image_size_px: int = 0) -> None:
         super().__init__()
         self.built_as = backbone.config
-        backbone.resize(image_size_px or student.config.image_size_px)
+        size = image_size_px or student.config.image_size_px
+        if size != backbone.config.image_size_px and not image_size_px:
+            logger.warning("the teacher, made for %d px, sees the student's %d px", backbone.config.image_size_px, size)
+        try:
+            backbone.resize(size)
+        except ConfigError as error:
+            raise _grids_differ(backbone, student, str(error)) from error
         if backbone.grid % student.grid:
-            wanted = student.grid * backbone.stride_px
-            raise ConfigError(
-                f"a teacher grid of {backbone.grid}×{backbone.grid} tokens ({backbone.config.name} at "
-                f"{backbone.config.image_size_px} px) for a student grid of {student.grid}×{student.grid} "
-                f"({student.config.name} at {student.config.image_size_px} px)",
-                expected=f"a whole multiple of the student's, such as by --set method.teacher_image_size_px={wanted}",
-            )
+            raise _grids_differ(backbone, student, "no whole multiple")
         self.backbone = backbone.requires_grad_(False)
         self.pooling: Pooling = pooling
         self.width, self.own_width = backbone.width, backbone.own_width if pooling == "cls" else backbone.width
         self._ratio = backbone.grid // student.grid
-        self._given = student.config
+        self._given, self._own = ToInput(student.config), ToInput(backbone.config)
+        self._renormalises = student.config.mean != backbone.config.mean or student.config.std != backbone.config.std
         self.eval()
+        self._try_out(student)
 
     def train(self, mode: bool = True) -> Teacher:  # noqa: ARG002
         """Stay in eval mode, whatever the rest is in."""
@@ -63,16 +69,23 @@ class Teacher(nn.Module):
 
     def _as_own_input(self, images: Tensor) -> Tensor:
         """The student's input in the teacher's size and normalisation."""
-        given, own = self._given, self.backbone.config
-        if images.shape[-1] != own.image_size_px:
-            images = F.interpolate(images, (own.image_size_px,) * 2, mode="bilinear", antialias=True)
-        if (given.mean, given.std) == (own.mean, own.std):
+        side = self.backbone.config.image_size_px
+        if images.shape[-1] != side:
+            images = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
+        if not self._renormalises:
             return images
-        (mean, std), (own_mean, own_std) = (
-            (torch.tensor(values, device=images.device).view(1, 3, 1, 1) for values in (config.mean, config.std))
-            for config in (given, own)
-        )
-        return (images * std + mean - own_mean) / own_std
+        return (images * self._given.std + self._given.mean - self._own.mean) / self._own.std
+
+    def _try_out(self, student: Backbone) -> None:
+        """One black image: architectures of timm differ in more ways than their descriptions tell."""
+        side = student.config.image_size_px
+        name = self.backbone.config.name
+        try:
+            found = self(torch.zeros(1, 3, side, side)).patches.shape[1]
+        except (RuntimeError, ValueError, AttributeError) as error:
+            raise ConfigError(f"{name} as a teacher: {error}", expected="a model that gives a square map") from error
+        if found != student.grid**2:
+            raise _grids_differ(self.backbone, student, f"it gives {found} tokens")
 
     def _in_students_grid(self, features: Features) -> Features:
         if self._ratio == 1:
@@ -80,3 +93,13 @@ class Teacher(nn.Module):
         side = math.isqrt(features.patches.shape[1])
         grid = features.patches.mT.reshape(len(features.patches), -1, side, side)  # [B, P, h, w]
         return Features(features.own, F.avg_pool2d(grid, self._ratio).flatten(2).mT)
+
+
+def _grids_differ(teacher: Backbone, student: Backbone, reason: str) -> ConfigError:
+    wanted = student.grid * teacher.stride_px
+    return ConfigError(
+        f"a teacher grid of {teacher.grid}×{teacher.grid} tokens ({teacher.config.name} at "
+        f"{teacher.config.image_size_px} px) for a student grid of {student.grid}×{student.grid} "
+        f"({student.config.name} at {student.config.image_size_px} px): {reason}",
+        expected=f"a whole multiple of the student's, such as by --set method.teacher_image_size_px={wanted}",
+    )

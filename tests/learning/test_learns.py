@@ -18,7 +18,7 @@ from torch import Tensor
 from mimco_deploy.drawings import KINDS, draw_gallery
 from mimco_deploy.evaluation.knn import knn_accuracy
 from mimco_deploy.images import read_image
-from mimco_deploy.training.augment import to_input
+from mimco_deploy.training.augment import ToInput
 from mimco_deploy.training.backbone import Backbone
 from mimco_deploy.training.checkpoint import load_encoder, read_checkpoint
 from mimco_deploy.training.config import (
@@ -79,7 +79,7 @@ def load(folder: Path, seed: int) -> Labelled:
     side = BACKBONE.image_size_px
     pixels = np.stack([np.asarray(read_image(path).resize((side, side))) for path in paths])  # [N, H, W, 3]
     labels = np.array([KINDS.index(path.parent.name) for path in paths])
-    return to_input(torch.from_numpy(pixels).permute(0, 3, 1, 2), BACKBONE), labels
+    return ToInput(BACKBONE)(torch.from_numpy(pixels).permute(0, 3, 1, 2)), labels
 
 
 @torch.no_grad()

@@ -13,9 +13,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from mimco_deploy import __version__
-from mimco_deploy.cli import main
+from mimco_deploy.cli import main, train
 from mimco_deploy.errors import ImageError, WorkspaceError
 from mimco_deploy.serving.update import update_index
+from mimco_deploy.training.presets import STAGE1_METHODS, STAGE2_METHODS
 from tests.helpers import CountingEncoder, gallery, tiny_bundle
 
 HEAVY = {"torch", "torchvision", "timm", "onnx", "onnxscript", "tensorboard", "safetensors"}
@@ -85,7 +86,7 @@ def test_version_is_the_packages() -> None:
 
 def imported(*arguments: str | Path) -> set[str]:
     """Top-level packages that a command brings in, as the interpreter itself reports them."""
-    code = "from mimco_deploy.cli import main; main(prog_name='mimco')"
+    code = "from mimco_deploy.cli import main, train; main(prog_name='mimco')"
     words = [sys.executable, "-X", "importtime", "-c", code, *map(str, arguments)]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
@@ -211,3 +212,14 @@ def test_wrong_usage_exits_with_2(arguments: tuple[str, ...], tmp_path: Path) ->
     assert result.exit_code == 2
     assert result.stdout == ""
     assert "Usage: " in result.stderr
+
+
+def test_the_methods_on_offer_are_those_there_are() -> None:
+    offered = {
+        name: next(option.type.choices for option in command.params if option.name == "method")  # type: ignore[attr-defined]
+        for name, command in train.commands.items()
+    }
+    assert {name: tuple(choices) for name, choices in offered.items()} == {
+        "stage1": STAGE1_METHODS,
+        "stage2": STAGE2_METHODS,
+    }

@@ -36,7 +36,7 @@ class FD(nn.Module):
         self.encoder = Backbone(backbone)
         self.teacher = Teacher(teacher, teacher_pooling, self.encoder, config.teacher_image_size_px)
         self.head = nn.Linear(self.encoder.width, self.teacher.width)
-        self._with_cls = self.encoder.own_pooling == teacher.own_pooling == "cls" and teacher.own_width == teacher.width
+        self._with_cls = self.encoder.has_cls and teacher.has_cls and teacher.config.global_pool in ("", "token")
 
     def start_step(self, progress: float) -> None:
         """Nothing moves with the schedule here: the teacher is frozen."""

@@ -83,6 +83,7 @@ class Joint(nn.Module):
         contrastive = contrastive_loss(query1, key2, tau, own) + contrastive_loss(query2, key1, tau, own)
         parts = self._patch_level(student1, target1, mask1)
         other = self._patch_level(student2, target2, mask2)
+        self.patch_level.remember(torch.cat([target1.patches, target2.patches], dim=1))
         parts = {name: (value + other[name]) / 2.0 for name, value in parts.items()}
         loss = self.config.contrastive_weight * contrastive + self.config.patch.weight * parts["patch_loss"]
         return {

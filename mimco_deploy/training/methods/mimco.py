@@ -25,6 +25,7 @@ from mimco_deploy.training.masking import MaskShape, mask_attended, mask_shape
 from mimco_deploy.training.method_config import MimCoConfig, PatchLossConfig, Pooling
 from mimco_deploy.training.momentum import KeyQueue
 from mimco_deploy.training.monitor import spread
+from mimco_deploy.training.settings import differences
 from mimco_deploy.training.teacher import Teacher
 
 _QUEUE_LASTS = 4
@@ -127,16 +128,19 @@ class PatchLevel(nn.Module):
             positions,
             intra="intra" in self.config.dictionaries,
             batch=self._draw_from_batch(target) if "batch" in self.config.dictionaries else None,
-            queue=self.queue.rows.clone() if self.queue is not None else None,  # the push below comes before backward
+            queue=self.queue.rows.clone() if self.queue is not None else None,  # `remember` comes before backward
         )
-        if self.queue is not None:
-            share = max(1, len(self.queue.rows) // _QUEUE_LASTS)
-            self.queue.push(self._draw(target, share)[0])
         return {
             "patch_loss": first_of(logits.flatten(0, 1), self.config.temperature),
             "patch_accuracy": (logits.detach().argmax(dim=2) == 0).float().mean(),
             "positive_similarity": logits.detach()[..., 0].float().mean(),
         }
+
+    def remember(self, target: Tensor) -> None:
+        """Put a share of a batch's tokens [B, L, P] into the queue, after all losses that they are positives of."""
+        if self.queue is not None:
+            share = max(1, len(self.queue.rows) // _QUEUE_LASTS)
+            self.queue.push(self._draw(target, share)[0])
 
     def _draw_from_batch(self, target: Tensor) -> tuple[Tensor, Tensor]:
         keys, drawn = self._draw(target, self.config.batch_keys)
@@ -208,6 +212,7 @@ class MimCo(nn.Module):
         if self.patch_level is not None:
             positions = masked_positions(mask, self.encoder, self.mask_shape)
             parts |= self.patch_level(student.patches, target.patches, positions)
+            self.patch_level.remember(target.patches)
             loss = loss + self.config.patch.weight * parts["patch_loss"]
         pooled = student.pooled(self.config.pooling)  # [B, D]
         if self.image_head is not None:
@@ -272,9 +277,13 @@ def start_from(encoder: Backbone, teacher: Backbone) -> None:
         ConfigError: they are of different shapes, drop path aside.
     """
     same = dataclasses.replace(teacher.config, drop_path=encoder.config.drop_path, global_pool="")
-    if encoder.config != same:
-        raise ConfigError(f"init_from_teacher with a student {encoder.config}", expected=f"the teacher's {same}")
-    encoder.load_state_dict(teacher.state_dict())
+    for key, ours, theirs in differences(encoder.config, same):
+        raise ConfigError(f"init_from_teacher with backbone.{key} {ours}", expected=f"the teacher's {theirs}")
+    try:
+        encoder.load_state_dict(teacher.state_dict())
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"init_from_teacher: {reason}", expected="--init-at-random") from error
 
 
 def _at(tokens: Tensor, positions: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from mimco_deploy.errors import ConfigError
 from mimco_deploy.training.backbone import Backbone
 from mimco_deploy.training.config import BackboneConfig
+from mimco_deploy.training.distributed import synchronise_batch_norm
+from mimco_deploy.training.heads import moby_mlp
 from mimco_deploy.training.method_config import MimCoConfig
 from mimco_deploy.training.methods.mimco import MimCo, masked_positions
 from mimco_deploy.training.teacher import Teacher
@@ -20,6 +22,7 @@ from tests.unit.training.small import BACKBONE, MASK, SWIN
 BEIT = BackboneConfig(
     name="beit_base_patch16_224", image_size_px=16, patch_size_px=4, embed_dim=24, depth=(2,), num_heads=(2,)
 )
+LARGE = dataclasses.replace(BACKBONE, image_size_px=32, patch_size_px=32)
 FAMILIES = pytest.mark.parametrize("config", [BACKBONE, BEIT, SWIN], ids=["vit", "beit", "swin"])
 
 
@@ -214,3 +217,30 @@ def test_masked_output_tokens_of_a_swin_are_those_under_the_mask() -> None:
 def test_a_mask_unit_smaller_than_an_output_token_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"mask_patch_size_px 2 for tokens of 4 px; expected a multiple of 4"):
         MimCo(SWIN, make(SWIN, 1), "mean", dataclasses.replace(MASK, mask_patch_size_px=2), MimCoConfig())
+
+
+def test_batch_norm_is_synchronised_in_heads_and_left_alone_in_a_teachers_network() -> None:
+    """timm's batch norm may hold its activation, which torch's conversion would drop."""
+    teacher = Teacher(make(BackboneConfig(name="mobilenetv3_small_050", image_size_px=32)), "cls", make(LARGE))
+    method = nn.ModuleDict({"head": moby_mlp(4, 8, 4), "teacher": teacher})
+    before = {name: type(module) for name, module in method.named_modules()}
+    synchronise_batch_norm(method, torch.device("cuda"))
+    changed = {name: type(m) for name, m in method.named_modules() if type(m) is not before[name]}
+    assert changed == {"head.1": nn.SyncBatchNorm}
+
+
+@FAMILIES
+def test_computing_activations_again_changes_nothing(config: BackboneConfig) -> None:
+    config = dataclasses.replace(config, drop_path=0.5)
+    backbone = make(config).train()
+    mask = torch.rand(4, 16 // backbone.patch_px, 16 // backbone.patch_px) < 0.5
+    token, images = backbone.new_mask_token(), torch.randn(4, 3, 16, 16)
+    results = []
+    for enabled in (False, True):
+        backbone.checkpoint_gradients(enabled)
+        backbone.zero_grad()
+        torch.manual_seed(5)  # of the drop path
+        features = backbone(images, mask, token)
+        (features.patches.square().mean() + features.own.sum()).backward()
+        results.append([features.patches.detach(), *(p.grad for p in backbone.parameters() if p.grad is not None)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from mimco_deploy import atomic
 from mimco_deploy.errors import CheckpointError, MimcoError
-from mimco_deploy.training.augment import to_input
+from mimco_deploy.training.augment import ToInput
 from mimco_deploy.training.checkpoint import (
     FORMAT_VERSION,
     Checkpoint,
@@ -106,7 +106,7 @@ def test_plain_timm_loads_the_encoder_and_gives_the_same_features(last: Path) ->
     ours, _ = load_encoder(read_checkpoint(last))
     theirs: Any = timm.create_model(f"local-dir:{last / 'timm'}", pretrained=True)
     torch.manual_seed(0)
-    images = to_input(torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8), BACKBONE)
+    images = ToInput(BACKBONE)(torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8))
     ours.eval()
     theirs.eval()
     with torch.no_grad():

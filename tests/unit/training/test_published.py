@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -26,12 +27,14 @@ from torch import Tensor, nn
 from mimco_deploy.errors import CheckpointError, ConfigError, WorkspaceError
 from mimco_deploy.training.backbone import Backbone
 from mimco_deploy.training.checkpoint import read_checkpoint
-from mimco_deploy.training.config import BackboneConfig
+from mimco_deploy.training.config import BackboneConfig, MaskConfig
 from mimco_deploy.training.method_config import MimCoConfig
+from mimco_deploy.training.methods.mimco import MimCo
 from mimco_deploy.training.presets import swin_tiny, vit_small
 from mimco_deploy.training.published import load_from_timm, load_published, load_teacher
 from mimco_deploy.training.runs import Request, open_stage2
 from mimco_deploy.training.stages import train_stage1, train_stage2
+from mimco_deploy.training.teacher import Teacher
 from tests.unit.training.small import BACKBONE, SWIN, assert_same_state, draw_photos, stage1_config, stage2_config
 
 
@@ -195,8 +198,15 @@ def changed(change: Callable[[dict[str, Tensor]], Any]) -> dict[str, Tensor]:
         ({"conv1.weight": torch.ones(64, 3, 7, 7)}, "expected a ViT or Swin"),
         ({"weights": 3}, "holds no weights"),
         ({}, "holds no weights"),
+        (changed(lambda s: s.update({"patch_embed.proj.weight": torch.ones(192, 3, 2, 16, 16)})), "expected a ViT or"),
+        (changed(lambda s: s.update({"patch_embed.proj.weight": torch.ones(192, 768)})), "expected a ViT or Swin"),
+        (changed(lambda s: s.update({"pos_embed": torch.ones(4)})), "expected a ViT or Swin"),
+        ({1: torch.ones(2)}, "holds no weights"),
     ],
-    ids=["missing", "surplus", "shape", "no patches", "foreign", "resnet", "no tensors", "empty"],
+    ids=[
+        *("missing", "surplus", "shape", "no patches", "foreign", "resnet", "no tensors", "empty"),
+        *("video", "flat patches", "no positions", "numbers as keys"),
+    ],
 )
 def test_what_does_not_fit_is_named(tmp_path: Path, state: Any, message: str) -> None:
     torch.save(state, tmp_path / "teacher.pth")
@@ -296,6 +306,35 @@ def test_a_folder_of_timms_gives_what_timm_gives(tmp_path: Path, name: str, size
     assert features.patches.shape == (2, backbone.grid**2, backbone.width)
     cfg = theirs.pretrained_cfg
     assert (backbone.config.mean, backbone.config.std) == (tuple(cfg["mean"]), tuple(cfg["std"]))
+
+
+SMALL = BackboneConfig(name="vit_tiny_patch16_224", image_size_px=224, patch_size_px=32, depth=(1,))
+
+
+@pytest.mark.parametrize("name", ["mixer_s32_224", "xcit_nano_12_p16_224"])
+def test_families_that_describe_themselves_otherwise_are_teachers_too(tmp_path: Path, name: str) -> None:
+    write_timm_folder(tmp_path, name)
+    backbone, pooling = load_teacher(str(tmp_path))
+    features = Teacher(backbone, pooling, Backbone(SMALL))(torch.zeros(1, 3, 224, 224))
+    assert features.patches.shape == (1, 49, backbone.width)
+
+
+def test_a_teacher_whose_map_is_not_what_it_describes_is_refused_in_a_line(tmp_path: Path) -> None:
+    write_timm_folder(tmp_path, "inception_v3")
+    backbone, pooling = load_teacher(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"7×7.*it gives 25 tokens") as error:
+        Teacher(backbone, pooling, Backbone(SMALL))
+    assert "\n" not in str(error.value)
+
+
+def test_a_teacher_that_cannot_start_a_student_is_refused_in_a_line(tmp_path: Path) -> None:
+    """timm's mean-pooled ViT has its last norm behind the pooling."""
+    write_timm_folder(tmp_path, "vit_tiny_patch16_224", img_size=32, depth=1, global_pool="avg", num_classes=0)
+    backbone, pooling = load_teacher(str(tmp_path))
+    student = dataclasses.replace(backbone.config, global_pool="", mean=BACKBONE.mean, std=BACKBONE.std)
+    mask = MaskConfig(mask_patch_size_px=16)
+    with pytest.raises(ConfigError, match=r"init_from_teacher.*(norm|mean)"):
+        MimCo(student, backbone, pooling, mask, MimCoConfig(init_from_teacher=True))
 
 
 def test_a_checkpoints_own_timm_folder_is_a_teacher(tmp_path: Path) -> None:

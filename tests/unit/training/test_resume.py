@@ -23,7 +23,8 @@ from mimco_deploy.training.augment import TwoViews
 from mimco_deploy.training.checkpoint import read_checkpoint, save_checkpoint
 from mimco_deploy.training.config import Stage1Config, Stage2Config
 from mimco_deploy.training.corpus import load_corpus
-from mimco_deploy.training.loop import StepReport, fit_batch, train
+from mimco_deploy.training.data import fewest_parts, fit_batch
+from mimco_deploy.training.loop import StepReport, train
 from mimco_deploy.training.method_config import Dictionary
 from mimco_deploy.training.methods import mocov3
 from mimco_deploy.training.schedules import momentum_at
@@ -420,7 +421,23 @@ def test_clipping_bounds_the_gradient(tmp_path: Path, photos: Path, monkeypatch:
     ("batch", "pictures", "fits"), [(8, 24, 8), (24, 24, 24), (25, 24, 16), (256, 31, 16), (256, 32, 32), (64, 2, 2)]
 )
 def test_the_batch_is_what_the_corpus_fills(batch: int, pictures: int, fits: int) -> None:
-    assert fit_batch(run_config(global_batch_size=batch), pictures) == fits
+    assert fit_batch(run_config(global_batch_size=batch), pictures).global_batch_size == fits
+
+
+@pytest.mark.parametrize(
+    ("batch", "accumulate", "pictures", "parts"), [(256, 4, 1000, 4), (256, 4, 40, 1), (256, 4, 128, 2), (64, 8, 20, 2)]
+)
+def test_a_smaller_batch_is_divided_into_fewer_micro_batches(
+    batch: int, accumulate: int, pictures: int, parts: int
+) -> None:
+    run = fit_batch(run_config(global_batch_size=batch, accumulate=accumulate), pictures)
+    assert run.accumulate == parts
+    assert run.global_batch_size // parts <= batch // accumulate
+
+
+@pytest.mark.parametrize(("whole", "largest", "parts"), [(12, 12, 1), (12, 5, 3), (12, 1, 12), (7, 6, 7), (12, 0, 12)])
+def test_a_batch_divides_into_as_few_parts_as_fit(whole: int, largest: int, parts: int) -> None:
+    assert fewest_parts(whole, largest) == parts
 
 
 def test_a_small_corpus_takes_a_smaller_batch_and_says_so(
@@ -430,7 +447,8 @@ def test_a_small_corpus_takes_a_smaller_batch_and_says_so(
         train_stage1(stage1_config(photos, global_batch_size=256), tmp_path / "run")
     assert "global batch of 16 instead of 256: 24 pictures" in caplog.messages
     checkpoint = read_checkpoint(tmp_path / "run" / "last")
-    assert (checkpoint.config.run.global_batch_size, checkpoint.total_steps) == (16, 2)
+    assert checkpoint.total_steps == 2
+    assert checkpoint.config.run.global_batch_size == 256  # as asked, so that the same command resumes it
 
 
 @pytest.mark.parametrize("run", [{"global_batch_size": 1}, {"accumulate": 3}, {"accumulate": 8}])

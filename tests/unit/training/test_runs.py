@@ -13,9 +13,10 @@ import torch
 
 from mimco_deploy.errors import CheckpointError, ConfigError, DataError, MimcoError, TrainingInterrupted, WorkspaceError
 from mimco_deploy.training.checkpoint import read_checkpoint
+from mimco_deploy.training.config import BackboneConfig
 from mimco_deploy.training.method_config import MimCoConfig
 from mimco_deploy.training.presets import PRESETS, vit_small, vit_tiny_debug
-from mimco_deploy.training.runs import Request, open_stage1, open_stage2
+from mimco_deploy.training.runs import Request, open_stage1, open_stage2, recipe_for
 from mimco_deploy.training.stages import train_stage1, train_stage2
 from tests.unit.training.small import STEPS, draw_photos, stage1_config, stage2_config, stop_at
 
@@ -183,8 +184,8 @@ def test_fresh_with_a_mistake_leaves_the_run_where_it_is(stage1: Path, photos: P
     ("options", "message"),
     [
         ({"data": (Path("/x"),)}, r"data\.sources \('/x',\), where the run has"),
-        ({"preset": "vit_small"}, "--preset vit_small"),
-        ({"method": "moby"}, "--method moby, where the run has mocov3"),
+        ({"preset": "vit_small"}, r"backbone\.name vit_small_patch16_224, where the run has vit_tiny_patch16_224"),
+        ({"method": "moby"}, r"method\.name moby, where the run has mocov3"),
         ({"epochs": 3}, r"run\.epochs 3, where the run has 2"),
         ({"batch_size": 4}, r"run\.global_batch_size 4, where the run has 8"),
         ({"settings": ("run.seed=1",)}, r"run\.seed 1, where the run has 3"),
@@ -204,7 +205,7 @@ def test_resuming_with_another_teacher_is_refused(stage1: Path, tmp_path: Path, 
     train_stage2(stage2_config(photos, stage1 / "last", epochs=1), tmp_path / "stage2")
     same = Request(resume=True, teacher=str(stage1 / "last"))
     assert open_stage2(tmp_path / "stage2", stage1, same)[1] is not None
-    with pytest.raises(ConfigError, match=f"--teacher timm/x, where the run has {stage1 / 'last'}"):
+    with pytest.raises(ConfigError, match=f"teacher timm/x, where the run has {stage1 / 'last'}"):
         open_stage2(tmp_path / "stage2", stage1, Request(resume=True, teacher="timm/x"))
 
 
@@ -310,3 +311,73 @@ def test_no_pictures_in_the_data_is_an_error_of_the_data(tmp_path: Path) -> None
     with pytest.raises(DataError, match="no picture in"):
         train_stage1(config, tmp_path / "stage1")
     assert not (tmp_path / "stage1").exists()
+
+
+def test_the_command_that_started_a_run_resumes_it(tmp_path: Path, photos: Path) -> None:
+    """Epochs scale the warm-up, the batch is cut to the corpus, a preset is named: none of it is a change."""
+    folder = tmp_path / "stage1"
+    request = Request(
+        data=(photos,), preset="vit_tiny_debug", epochs=13, batch_size=256, settings=("run.log_every_steps=1",)
+    )
+    config, _ = open_stage1(folder, request)
+    with pytest.raises(TrainingInterrupted):
+        train_stage1(config, folder, on_step=stop_at(2))
+    again, checkpoint = open_stage1(folder, dataclasses.replace(request, resume=True))
+    assert checkpoint is not None
+    assert again == checkpoint.config == config
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_epochs_that_are_asked_for_twice_change_nothing(preset: str) -> None:
+    for epochs in range(1, 301):
+        once = Request(epochs=epochs).apply(PRESETS[preset]().stage1)
+        assert Request(epochs=epochs).apply(once) == once
+
+
+def test_a_batch_of_ones_own_keeps_the_micro_batch() -> None:
+    config = Request(batch_size=256).apply(PRESETS["vit_base"]().stage2)
+    assert (config.run.global_batch_size, config.run.accumulate) == (256, 1)
+    config = Request(batch_size=4096).apply(PRESETS["vit_base"]().stage2)
+    assert (config.run.global_batch_size, config.run.accumulate) == (4096, 16)
+
+
+def test_methods_without_a_teacher_refuse_one_and_read_no_stage_1_that_they_do_not_need(
+    tmp_path: Path, photos: Path
+) -> None:
+    with pytest.raises(ConfigError, match="--teacher with --method simmim; expected --method mimco or fd"):
+        open_stage2(tmp_path / "stage2", tmp_path / "stage1", Request(method="simmim", teacher="timm/x"))
+    last = tmp_path / "stage1" / "last"
+    last.mkdir(parents=True)
+    (last / "config.json").write_text('{"format_version": 1, "stage": "stage1"}', encoding="utf-8")
+    request = Request(method="simmim", preset="vit_tiny_64", data=(photos,))
+    assert open_stage2(tmp_path / "stage2", tmp_path / "stage1", request)[0].data.sources == (str(photos),)
+    with pytest.raises(CheckpointError, match="format version 1; expected 2; run: mimco train stage1 --fresh"):
+        open_stage2(tmp_path / "stage2", tmp_path / "stage1", Request(method="simmim"))
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "patch", "width", "preset", "unit"),
+    [
+        ("vit_tiny_patch16_224", 224, 16, 192, "vit_small", 32),
+        ("vit_small_patch16_224", 384, 16, 384, "vit_small", 32),
+        ("vit_base_patch16_224", 224, 16, 768, "vit_base", 32),
+        ("vit_small_patch14_dinov2", 224, 14, 384, "vit_small", 28),
+        ("vit_small_patch16_224", 64, 8, 384, "vit_small_64", 16),
+        ("swin_base_patch4_window7_224", 224, 4, 128, "swin_tiny", 32),
+    ],
+)
+def test_a_foreign_teacher_gets_the_nearest_preset_with_masks_that_fit(
+    name: str, size: int, patch: int, width: int, preset: str, unit: int
+) -> None:
+    teacher = BackboneConfig(name=name, image_size_px=size, patch_size_px=patch, embed_dim=width)
+    recipe = recipe_for(teacher)
+    assert recipe.stage2.backbone.image_size_px == size
+    assert recipe.stage1 == PRESETS[preset]().stage1
+    assert recipe.stage2.mask.mask_patch_size_px == unit
+
+
+def test_a_preset_brings_its_own_data_settings_and_the_teachers_pictures(
+    stage1: Path, tmp_path: Path, photos: Path
+) -> None:
+    config, _ = open_stage2(tmp_path / "stage2", stage1, Request(preset="swin_tiny"))
+    assert config.data == dataclasses.replace(PRESETS["swin_tiny"]().stage2.data, sources=(str(photos),))

@@ -12,7 +12,7 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 
 from mimco_deploy.drawings import draw
-from mimco_deploy.training.augment import MaskedTwoViews, OneCrop, TwoViews, to_input
+from mimco_deploy.training.augment import MaskedTwoViews, OneCrop, ToInput, TwoViews
 from mimco_deploy.training.config import MaskConfig, ViewsConfig
 from mimco_deploy.training.masking import mask_shape
 from tests.unit.training.small import BACKBONE
@@ -220,7 +220,7 @@ def test_input_is_normalised_by_channel() -> None:
     pixels = torch.zeros(2, 3, 1, 2, dtype=torch.uint8)
     pixels[1] = 255
     pixels[0, :, 0, 1] = torch.tensor([0, 51, 102], dtype=torch.uint8)
-    values = to_input(pixels, BACKBONE)
+    values = ToInput(BACKBONE)(pixels)
     assert (values.dtype, values.shape) == (torch.float32, pixels.shape)
     for channel in range(3):
         for image, column in ((0, 0), (0, 1), (1, 0)):

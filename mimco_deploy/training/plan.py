@@ -1,0 +1,181 @@
+"""What a run will take, before it runs: memory, speed, hours, disk; and the micro-batch that fits.
+
+Two small steps are measured with random weights and noise in place of pictures; nothing is read or written. Memory is
+what the step keeps for its backward pass (counted tensor by tensor, so that it needs no GPU) beside weights, gradients
+and the optimiser's state. Data loading is not measured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import time
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from mimco_deploy.errors import ConfigError
+from mimco_deploy.training.config import Stage1Config, Stage2Config
+from mimco_deploy.training.data import MakeViews, Views, fewest_parts
+from mimco_deploy.training.distributed import world_size
+from mimco_deploy.training.step import Stepper
+
+logger = logging.getLogger(__name__)
+
+PROBE = (2, 6)
+"""Images in the two steps that are measured."""
+HEADROOM = 0.9
+"""Share of the free memory that a step may fill; the rest is for workspaces and fragments. Our choice."""
+MIB = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run will take on this machine."""
+
+    encoder_parameters: int
+    """Of the backbone that is exported."""
+    trained_parameters: int
+    """Heads included."""
+    pictures: int
+    """In the corpus."""
+    steps: int
+    """Optimiser steps of the whole run."""
+    micro_batch: int
+    """Images that a process computes at once."""
+    accumulate: int
+    """Micro-batches in a step."""
+    grad_checkpointing: bool
+    """Whether activations are computed again."""
+    fixed_mib: float
+    """Weights, gradients, optimiser's state, and what does not grow with the batch."""
+    image_mib: float
+    """What each image of a micro-batch adds."""
+    step_mib: float
+    """Both, for the micro-batch."""
+    available_mib: float
+    """Free memory of the device."""
+    largest_micro_batch: int
+    """Most images at once that fit."""
+    images_per_s: float
+    """Of all processes; of small steps, so a lower bound on a GPU."""
+    hours: float
+    """Of training."""
+    disk_mib: float
+    """Two checkpoints: one is written beside the other."""
+
+
+@dataclass(frozen=True)
+class _Probe:
+    kept: int
+    """Bytes kept for the backward pass."""
+    seconds: float
+
+
+def make_plan(config: Stage1Config | Stage2Config, method: nn.Module, make_views: MakeViews, pictures: int) -> Plan:
+    """Measure two small steps of a method, and reckon.
+
+    Args:
+        config: of the run.
+        method: on its device; its weights are changed.
+        make_views: of the method.
+        pictures: in the corpus.
+
+    Raises:
+        ConfigError: there are fewer pictures than a batch.
+    """
+    run = config.run
+    if pictures < run.global_batch_size:
+        raise ConfigError(f"{pictures} pictures", expected=f"at least a batch of {run.global_batch_size}")
+    steps = pictures // run.global_batch_size * run.epochs
+    once = dataclasses.replace(run, accumulate=1, compile="off")
+    stepper = Stepper(method, dataclasses.replace(config, run=once), steps_per_epoch=10**6)
+    small, large = (_probe(stepper, _noise(make_views, count)) for count in PROBE)
+    image = max(0.0, (large.kept - small.kept) / (PROBE[1] - PROBE[0]))
+    trained = [parameter for parameter in method.parameters() if parameter.requires_grad]
+    weights = sum(value.numel() * value.element_size() for value in method.state_dict().values())
+    moments = 2 * sum(parameter.numel() * parameter.element_size() for parameter in trained)
+    fixed = weights + moments * 1.5 + max(0.0, small.kept - PROBE[0] * image)
+    micro = run.global_batch_size // (run.accumulate * world_size())
+    available = free_memory(stepper.device)
+    encoder = method.encoder
+    assert isinstance(encoder, nn.Module)
+    exported = sum(value.numel() * value.element_size() for value in encoder.state_dict().values())
+    rate = PROBE[1] * world_size() / large.seconds
+    return Plan(
+        encoder_parameters=sum(parameter.numel() for parameter in encoder.parameters()),
+        trained_parameters=sum(parameter.numel() for parameter in trained),
+        pictures=pictures,
+        steps=steps,
+        micro_batch=micro,
+        accumulate=run.accumulate,
+        grad_checkpointing=run.grad_checkpointing,
+        fixed_mib=fixed / MIB,
+        image_mib=image / MIB,
+        step_mib=(fixed + micro * image) / MIB,
+        available_mib=available / MIB,
+        largest_micro_batch=max(0, int((HEADROOM * available - fixed) // image)),
+        images_per_s=rate,
+        hours=steps * run.global_batch_size / rate / 3600,
+        disk_mib=2 * (weights + moments + exported) / MIB,
+    )
+
+
+def fit_accumulation(plan: Plan, global_batch_size: int) -> int:
+    """The fewest micro-batches into which a batch divides so that each fits.
+
+    Args:
+        plan: of the run.
+        global_batch_size: over all processes.
+
+    Raises:
+        ConfigError: not even two images fit at once.
+    """
+    share = global_batch_size // world_size()
+    accumulate = fewest_parts(share, plan.largest_micro_batch)
+    if share // accumulate >= 2 and plan.largest_micro_batch >= 2:
+        return accumulate
+    raise ConfigError(
+        f"{plan.available_mib:.0f} MiB of memory are free; two images need {plan.fixed_mib + 2 * plan.image_mib:.0f}",
+        expected="more memory, or a smaller backbone",
+    )
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a process may still take on a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _noise(make_views: MakeViews, count: int) -> Views:
+    """Views of noise, stacked."""
+    picture = Image.effect_noise((256, 256), 64).convert("RGB")
+    return tuple(torch.stack(column) for column in zip(*(make_views(picture) for _ in range(count)), strict=True))
+
+
+def _probe(stepper: Stepper, views: Views) -> _Probe:
+    """Bytes that one step keeps for its backward pass, each storage once, and the time of the step after it."""
+    kept: dict[int, int] = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if not isinstance(tensor, nn.Parameter):
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        stepper.take(0, lambda: views)
+    _wait(stepper.device)
+    start = time.perf_counter()
+    stepper.take(1, lambda: views)
+    _wait(stepper.device)
+    return _Probe(sum(kept.values()), time.perf_counter() - start)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
