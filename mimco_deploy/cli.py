@@ -14,11 +14,14 @@ import click
 
 from mimco_deploy import __version__
 from mimco_deploy.atomic import current_dir
-from mimco_deploy.errors import MimcoError, MissingExtraError, WorkspaceError
+from mimco_deploy.errors import ConfigError, MimcoError, MissingExtraError, WorkspaceError
 from mimco_deploy.workspace import Workspace, find_workspace
 
 if TYPE_CHECKING:
+    from mimco_deploy.training.config import Stage1Config, Stage2Config
     from mimco_deploy.training.loop import StepReport
+
+    ConfigT = TypeVar("ConfigT", Stage1Config, Stage2Config)
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 Folder = click.Path(path_type=Path, file_okay=False)
@@ -83,6 +86,18 @@ def train() -> None:
     """Pre-train a backbone: first the teacher, then the student."""
 
 
+class _MicroBatches(click.ParamType):  # type: ignore[type-arg]  # generic in newer clicks only
+    """A number of micro-batches, or `auto`."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Keep the text once it is one of the two."""
+        if value != "auto" and not (value.isdigit() and int(value) >= 1):
+            self.fail(f"{value} is neither auto nor a number from 1 on", param, ctx)
+        return str(value)
+
+
 def _training_options(function: FunctionT) -> FunctionT:
     options = [
         click.option(
@@ -91,6 +106,13 @@ def _training_options(function: FunctionT) -> FunctionT:
         click.option("--preset", help="Settings for one backbone.  [default: by GPU or CPU; stage 2: the teacher's]"),
         click.option("--epochs", type=click.IntRange(min=1), help="Passes over the pictures."),
         click.option("--batch-size", type=click.IntRange(min=2), help="Pictures in a step, over all processes."),
+        click.option(
+            "--grad-accum",
+            type=_MicroBatches(),
+            metavar="N|auto",
+            help="Micro-batches in a step; auto takes as few as fit into memory.",
+        ),
+        click.option("--plan", is_flag=True, help="Say what the run will take, and stop: memory, speed, hours, disk."),
         click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any setting; repeatable."),
         click.option("--resume", is_flag=True, help="Go on from the last checkpoint, with its settings."),
         click.option("--fresh", is_flag=True, help="Start anew; a run that is there is moved aside."),
@@ -105,7 +127,7 @@ def _training_options(function: FunctionT) -> FunctionT:
 @click.option("--method", type=click.Choice(["mocov3", "moby"]), help="How.  [default: the preset's]")
 @_training_options
 @click.pass_obj
-def stage1(workspace: Workspace, /, as_json: bool, **options: Any) -> None:
+def stage1(workspace: Workspace, /, as_json: bool, plan: bool, **options: Any) -> None:
     """Train the teacher on unlabelled pictures: MoCo v3 for ViT, MoBY for Swin.
 
     \b
@@ -119,6 +141,11 @@ def stage1(workspace: Workspace, /, as_json: bool, **options: Any) -> None:
         from mimco_deploy.training.stages import train_stage1
 
     config, resume = open_stage1(workspace.stage1, Request(**options))
+    if plan:
+        _print_plan(config, as_json)
+        return
+    if options["grad_accum"] == "auto" and resume is None:
+        config = _fit_to_memory(config)
     with _training_bar("stage 1") as show:
         train_stage1(config, workspace.stage1, resume=resume, on_step=show)
     _print_trained(workspace.stage1, as_json)
@@ -138,7 +165,7 @@ def stage1(workspace: Workspace, /, as_json: bool, **options: Any) -> None:
 @click.option("--init-from-teacher/--init-at-random", default=None, help="Where the student starts.")
 @_training_options
 @click.pass_obj
-def stage2(workspace: Workspace, /, as_json: bool, **options: Any) -> None:
+def stage2(workspace: Workspace, /, as_json: bool, plan: bool, **options: Any) -> None:
     """Train the student: MimCo's masked image modelling against the frozen teacher, or a method to compare it with.
 
     Pictures and backbone are the teacher's, unless others are given.
@@ -154,9 +181,44 @@ def stage2(workspace: Workspace, /, as_json: bool, **options: Any) -> None:
         from mimco_deploy.training.stages import train_stage2
 
     config, resume = open_stage2(workspace.stage2, workspace.stage1, Request(**options))
+    if plan:
+        _print_plan(config, as_json)
+        return
+    if options["grad_accum"] == "auto" and resume is None:
+        config = _fit_to_memory(config)
     with _training_bar("stage 2") as show:
         train_stage2(config, workspace.stage2, resume=resume, on_step=show)
     _print_trained(workspace.stage2, as_json)
+
+
+def _fit_to_memory(config: ConfigT) -> ConfigT:
+    from mimco_deploy.training.plan import fit_to_memory
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("--grad-accum auto in several processes", expected="a number; --plan in one process tells it")
+    return fit_to_memory(config)
+
+
+def _print_plan(config: Stage1Config | Stage2Config, as_json: bool) -> None:
+    from mimco_deploy.training.plan import plan_run
+
+    plan = plan_run(config)
+    if as_json:
+        _print_json(asdict(plan))
+        return
+    fits = "fits" if plan.micro_batch <= plan.largest_micro_batch else "does not fit"
+    rows = {
+        "parameters": f"{plan.encoder_parameters:,} of the encoder, {plan.trained_parameters:,} trained with heads",
+        "run": f"{plan.steps:,} steps over {plan.pictures:,} pictures",
+        "micro-batch": f"{plan.micro_batch} images × {plan.accumulate}; up to {plan.largest_micro_batch} at once fit",
+        "memory": f"{plan.step_mib:,.0f} MiB a step of {plan.available_mib:,.0f} free ({plan.fixed_mib:,.0f} and "
+        f"{plan.image_mib:.1f} an image): {fits}",
+        "speed": f"{plan.images_per_s:,.0f} images/s in small steps, without loading",
+        "time": f"{plan.hours:,.1f} hours",
+        "disk": f"{plan.disk_mib:,.0f} MiB for checkpoints",
+    }
+    for name, text in rows.items():
+        click.echo(f"{name:<12} {text}")
 
 
 @contextlib.contextmanager

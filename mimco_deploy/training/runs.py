@@ -39,6 +39,8 @@ class Request:
     method: str | None = None
     epochs: int | None = None
     batch_size: int | None = None
+    grad_accum: str | None = None
+    """A number of micro-batches, or `auto`, which `plan.fit_to_memory` settles before a new run."""
     settings: tuple[str, ...] = ()
     """`section.field=value`, applied last."""
     resume: bool = False
@@ -55,6 +57,8 @@ class Request:
             run = dataclasses.replace(run, epochs=self.epochs)
         if self.batch_size is not None and self.batch_size != run.global_batch_size:
             run = resize_batch(run, self.batch_size)
+        if self.grad_accum not in (None, "auto"):
+            run = dataclasses.replace(run, accumulate=int(str(self.grad_accum)))
         config = dataclasses.replace(config, run=run, optim=optim)
         if self.data:
             sources = tuple(str(path.resolve()) for path in self.data)  # the workspace may be used from another folder

@@ -1,0 +1,91 @@
+"""The plan of a run: what is reckoned from two small steps, and the micro-batches that fit."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mimco_deploy.errors import ConfigError, DataError
+from mimco_deploy.training import plan as planning
+from mimco_deploy.training.plan import MIB, Plan, fit_accumulation, fit_to_memory, plan_run
+from tests.unit.training.small import BACKBONE, draw_photos, every_method, stage1_config
+
+
+@pytest.fixture(autouse=True)
+def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return draw_photos(tmp_path_factory.mktemp("plan") / "photos")
+
+
+def test_a_plan_counts_what_the_run_will_do(photos: Path) -> None:
+    plan = plan_run(stage1_config(photos))
+    assert (plan.pictures, plan.steps, plan.micro_batch, plan.accumulate) == (24, 6, 8, 1)
+    assert plan.encoder_parameters < plan.trained_parameters
+    assert plan.step_mib == pytest.approx(plan.fixed_mib + 8 * plan.image_mib)
+    assert plan.hours == pytest.approx(48 / plan.images_per_s / 3600)
+    assert plan.largest_micro_batch > 1000
+    assert plan.disk_mib > 2 * 4 * plan.trained_parameters / MIB
+
+
+@pytest.mark.parametrize("name", ["moby", "simmim", "mae", "joint"])
+def test_every_method_without_a_teachers_run_can_be_planned(photos: Path, name: str) -> None:
+    assert plan_run(every_method(photos, Path())[name]).image_mib > 0
+
+
+def test_activations_computed_again_take_less_memory(photos: Path) -> None:
+    deep = dataclasses.replace(BACKBONE, depth=(6,))
+    config = dataclasses.replace(stage1_config(photos), backbone=deep)
+    again = dataclasses.replace(config, run=dataclasses.replace(config.run, grad_checkpointing=True))
+    assert plan_run(again).image_mib < 0.5 * plan_run(config).image_mib
+
+
+def test_a_plan_writes_nothing_and_wants_pictures(tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(DataError, match="no picture in"):
+        plan_run(stage1_config(empty))
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+def some_plan(**changes: Any) -> Plan:
+    values: dict[str, Any] = dict.fromkeys((field.name for field in dataclasses.fields(Plan)), 1)
+    return Plan(**{**values, **changes})
+
+
+@pytest.mark.parametrize(("largest", "accumulate"), [(64, 1), (100, 1), (63, 2), (16, 4), (15, 8), (2, 32)])
+def test_a_batch_is_divided_as_little_as_memory_asks(largest: int, accumulate: int) -> None:
+    assert fit_accumulation(some_plan(largest_micro_batch=largest), 64) == accumulate
+
+
+@pytest.mark.parametrize("largest", [0, 1])
+def test_memory_for_not_even_two_images_is_refused(largest: int) -> None:
+    with pytest.raises(ConfigError, match="MiB of memory are free; two images need"):
+        fit_accumulation(some_plan(largest_micro_batch=largest), 64)
+
+
+def test_a_run_is_fitted_first_by_computing_again_and_then_by_dividing(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = stage1_config(photos, global_batch_size=16)
+
+    def fitted(free_mib: float) -> tuple[bool, int]:
+        monkeypatch.setattr(planning, "free_memory", lambda _: int(free_mib * MIB))
+        run = fit_to_memory(config).run
+        return run.grad_checkpointing, run.accumulate
+
+    plain = plan_run(config)
+    again = plan_run(dataclasses.replace(config, run=dataclasses.replace(config.run, grad_checkpointing=True)))
+    half = 2.0  # a step may fill half of what is free
+    assert fitted(half * (plain.step_mib + 1)) == (False, 1)
+    assert fitted(half * (again.fixed_mib + 17 * again.image_mib)) == (True, 1)
+    assert not caplog.messages
+    assert fitted(half * (again.fixed_mib + 5 * again.image_mib)) == (True, 4)
+    assert "4 micro-batches of 4" in caplog.text
