@@ -83,7 +83,17 @@ class CheckpointError(MimcoError):
 
 
 class TrainingError(MimcoError):
-    """A run that diverged (NaN) or collapsed."""
+    """A run that diverged (NaN) or collapsed.
+
+    Args:
+        found: what is the case.
+        expected: what would have been right, and what often helps.
+        step: that went wrong, counted from 0.
+    """
+
+    def __init__(self, found: str, *, expected: str, step: int) -> None:
+        super().__init__(found, expected=expected)
+        self.step = step
 
 
 class TrainingInterrupted(MimcoError):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import signal
 import threading
 import time
@@ -18,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mimco_deploy.errors import CheckpointError, TrainingInterrupted
+from mimco_deploy.errors import CheckpointError, TrainingError, TrainingInterrupted
 from mimco_deploy.training.checkpoint import Checkpoint, load_strictly, save_checkpoint, stage_name
 from mimco_deploy.training.config import Stage1Config, Stage2Config
 from mimco_deploy.training.corpus import Corpus
@@ -26,6 +27,10 @@ from mimco_deploy.training.data import MakeViews, StepSampler, Views, load_batch
 from mimco_deploy.training.distributed import any_process, is_main, mean_of_all, world_size
 from mimco_deploy.training.monitor import RunLog, check_alive, check_finite
 from mimco_deploy.training.step import Stepper
+from mimco_deploy.training.watch import Watch
+
+REPORT_EVERY_S = 30.0
+"""Seconds between two reports that only draw the log again; each checkpoint brings one as well."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ def train(
         config: of the stage, its batch fitted to the corpus.
         corpus: pictures.
         make_views: picture → tensors of one sample.
-        folder: of the run; gets `last/`, `log.jsonl` and TensorBoard events.
+        folder: of the run; gets `last/`, `log.jsonl`, `report.html` and TensorBoard events.
         asked: the config as it was asked for, which the checkpoint keeps; by default the same.
         resume: checkpoint of the same run to go on from.
         on_step: called at every logged step in the main process.
@@ -76,13 +81,6 @@ def train(
     stepper = Stepper(method, config, sampler.steps_per_epoch, restore)
     meter = _Meter(run.global_batch_size)
 
-    def save() -> None:
-        meter.check()
-        check_finite(step - 1, method)
-        if is_main():
-            state = {"step": step, "total_steps": sampler.total_steps, "corpus": corpus.fingerprint}
-            save_checkpoint(folder / "last", method, stepper.optimizer, asked or config, **state)
-
     def next_views() -> Views:
         with meter.waiting():
             views, bad = next(batches)
@@ -94,27 +92,105 @@ def train(
         batches = stack.enter_context(
             contextlib.closing(load_batches(corpus, make_views, sampler, run.seed, config.data.workers))
         )
-        log = stack.enter_context(contextlib.closing(RunLog(folder, step))) if is_main() else None
+        watch = Watch(method, config, corpus, make_views, folder, step) if is_main() else None
+        records = _Records(stepper, asked or config, corpus, folder, step, meter, watch, on_step)
+        stack.enter_context(contextlib.closing(records))
         while step < sampler.total_steps:
             meter.add(step, stepper.take(step, next_views))
             step += 1
-
             done = step == sampler.total_steps
-            due = step % run.log_every_steps == 0 or step % run.checkpoint_every_steps == 0 or done
-            stopping = _asked_to_stop(stop, stepper.device, due=due)
-            if step % run.log_every_steps == 0 or done or stopping:
-                row = meter.flush()
-                if log is not None:
-                    rates = {"lr": stepper.lr, "images_per_s": meter.images_per_s, "waiting": meter.share}
-                    log.write(step - 1, {**row, **rates})
-                    on_step(StepReport(step, sampler.total_steps, row, meter.images_per_s, meter.share))
-            if step % run.checkpoint_every_steps == 0 or done or stopping:
-                save()
+            to_log, to_save = step % run.log_every_steps == 0, step % run.checkpoint_every_steps == 0
+            stopping = _asked_to_stop(stop, stepper.device, due=to_log or to_save or done)
+            if to_log or done or stopping:
+                records.log(step)
+            if to_save or done or stopping:
+                records.save(step)
             if stopping and not done:
                 raise TrainingInterrupted(
                     f"stopped after step {step} of {sampler.total_steps}; the checkpoint is written",
                     command=f"mimco train {stage_name(config)} --resume",
                 )
+
+
+class _Records:
+    """What a run leaves: log, checkpoints and report, in the main process; the others only check themselves.
+
+    Args:
+        stepper: the method and its optimiser.
+        config: as the checkpoint keeps it.
+        corpus: the pictures.
+        folder: of the run.
+        step: from which it goes on.
+        meter: of the run.
+        watch: writes the report; None in other processes.
+        on_step: called at every logged step.
+    """
+
+    def __init__(
+        self,
+        stepper: Stepper,
+        config: Stage1Config | Stage2Config,
+        corpus: Corpus,
+        folder: Path,
+        step: int,
+        meter: _Meter,
+        watch: Watch | None,
+        on_step: Callable[[StepReport], None],
+    ) -> None:
+        self._stepper, self._config, self._corpus, self._folder = stepper, config, corpus, folder
+        self._meter, self._watch, self._on_step = meter, watch, on_step
+        self._log = RunLog(folder, step) if watch is not None else None
+        self._reported = -math.inf
+
+    def log(self, step: int) -> None:
+        """Write a row for the steps done, and now and then the report.
+
+        Raises:
+            TrainingError: a step was NaN or collapsed.
+        """
+        with self._alarms():
+            row = self._meter.flush()
+        if self._log is None or self._watch is None:
+            return
+        meter, total = self._meter, self._stepper.total_steps
+        rates = {"lr": self._stepper.lr, "images_per_s": meter.images_per_s, "waiting": meter.share}
+        self._log.write(step - 1, {**row, **rates})
+        self._on_step(StepReport(step, total, row, meter.images_per_s, meter.share))
+        if time.monotonic() - self._reported > REPORT_EVERY_S:
+            self._watch.update(step, total, look=False)
+            self._reported = time.monotonic()
+
+    def save(self, step: int) -> None:
+        """Write the checkpoint, and the report with a look at the probe's pictures.
+
+        Raises:
+            TrainingError: a step was NaN or collapsed, or a weight is no number; the checkpoint before it stays.
+        """
+        method, total = self._stepper.method, self._stepper.total_steps
+        with self._alarms():
+            self._meter.check()
+            check_finite(step - 1, method)
+        if self._watch is not None:
+            state = {"step": step, "total_steps": total, "corpus": self._corpus.fingerprint}
+            save_checkpoint(self._folder / "last", method, self._stepper.optimizer, self._config, **state)
+            self._watch.update(step, total, look=True)
+
+    def close(self) -> None:
+        """Flush the log."""
+        if self._log is not None:
+            self._log.close()
+
+    @contextlib.contextmanager
+    def _alarms(self) -> Iterator[None]:
+        """Keep the batch of a step that went wrong, and say so in the report."""
+        try:
+            yield
+        except TrainingError as error:
+            if self._watch is None or self._log is None:
+                raise
+            for step, row in self._meter.checked:  # what led to it
+                self._log.write(step, {name: value for name, value in row.items() if math.isfinite(value)})
+            raise self._watch.alarm(error) from error
 
 
 def _asked_to_stop(stop: threading.Event, device: torch.device, *, due: bool) -> bool:
@@ -167,7 +243,8 @@ class _Meter:
     def __init__(self, images_per_step: int) -> None:
         self._images = images_per_step
         self._pending: list[tuple[int, dict[str, Tensor]]] = []
-        self._row: dict[str, float] = {}
+        self.checked: list[tuple[int, dict[str, float]]] = []
+        """Steps looked at since the last row of the log, with their metrics."""
         self._waited = 0.0
         self._steps = 0
         self._since = time.perf_counter()
@@ -194,8 +271,9 @@ class _Meter:
         names = list(self._pending[0][1])
         table = torch.stack([torch.stack([row[name].float() for name in names]) for _, row in self._pending])
         for (step, _), values in zip(self._pending, mean_of_all(table).tolist(), strict=True):
-            self._row = dict(zip(names, values, strict=True))
-            check_alive(step, self._row)
+            row = dict(zip(names, values, strict=True))
+            self.checked.append((step, row))
+            check_alive(step, row)
         self._pending.clear()
 
     def flush(self) -> dict[str, float]:
@@ -205,4 +283,6 @@ class _Meter:
         self.images_per_s = self._steps * self._images / elapsed
         self.share = self._waited / elapsed
         self._since, self._waited, self._steps = time.perf_counter(), 0.0, 0
-        return self._row
+        _, row = self.checked[-1]
+        self.checked.clear()
+        return row

@@ -31,6 +31,23 @@ def info_nce(queries: Tensor, keys: Tensor, temperature: float, first_positive: 
     return F.cross_entropy(scaled(cosines, temperature), positives)
 
 
+@torch.no_grad()
+def retrieval(queries: Tensor, keys: Tensor, first_positive: int = 0) -> tuple[Tensor, Tensor]:
+    """How well queries find their keys, for the log.
+
+    Args:
+        queries: [Q, P], not yet normalised.
+        keys: [K, P], not yet normalised.
+        first_positive: index of query 0's key.
+
+    Returns:
+        Mean cosine of a query with its own key, and the share of queries whose own key is nearest.
+    """
+    cosines = F.normalize(queries.float(), dim=1) @ F.normalize(keys.float(), dim=1).T  # [Q, K]
+    own = torch.arange(len(queries), device=queries.device) + first_positive
+    return cosines.gather(1, own.unsqueeze(1)).mean(), (cosines.argmax(dim=1) == own).float().mean()
+
+
 def first_of(logits: Tensor, temperature: float) -> Tensor:
     """Cross-entropy where column 0 is the positive of each row.
 

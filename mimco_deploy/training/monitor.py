@@ -47,11 +47,13 @@ def check_alive(step: int, row: Mapping[str, float]) -> None:
             raise TrainingError(
                 f"step {step}: {name} is {value}",
                 expected="a finite number; a lower optim.base_lr or a longer optim.warmup_epochs often helps",
+                step=step,
             )
     if row.get("feature_spread", 1.0) < COLLAPSED:  # methods that predict pixels have no embedding to collapse
         raise TrainingError(
             f"step {step}: features collapsed, spread {row['feature_spread']:.2e}",
             expected=f"at least {COLLAPSED:.0e}; a lower optim.base_lr or a larger run.global_batch_size often helps",
+            step=step,
         )
 
 
@@ -66,6 +68,7 @@ def check_finite(step: int, method: nn.Module) -> None:
             raise TrainingError(
                 f"step {step}: {name} holds NaN or infinity",
                 expected="finite weights; a lower optim.base_lr or a longer optim.warmup_epochs often helps",
+                step=step,
             )
 
 

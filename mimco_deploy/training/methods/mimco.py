@@ -20,7 +20,7 @@ from mimco_deploy.training.backbone import Backbone, Features
 from mimco_deploy.training.config import BackboneConfig, MaskConfig
 from mimco_deploy.training.distributed import draw_for_all, gather_rows, own_part, rank, rows_of_all, world_size
 from mimco_deploy.training.heads import moby_mlp
-from mimco_deploy.training.losses import first_of, info_nce, regression
+from mimco_deploy.training.losses import first_of, info_nce, regression, retrieval
 from mimco_deploy.training.masking import MaskShape, mask_attended, mask_shape
 from mimco_deploy.training.method_config import MimCoConfig, PatchLossConfig, Pooling
 from mimco_deploy.training.momentum import KeyQueue
@@ -218,7 +218,9 @@ class MimCo(nn.Module):
         if self.image_head is not None:
             keys = gather_rows(target.pooled(self.teacher.pooling))  # [N, P]
             own = rank() * len(images)
-            parts["image_loss"] = image_loss(self.image_head(pooled), keys, self.config.image.temperature, own)
+            queries = self.image_head(pooled)
+            parts["image_loss"] = image_loss(queries, keys, self.config.image.temperature, own)
+            parts["image_accuracy"] = retrieval(queries, keys, own)[1]
             loss = loss + self.config.image.weight * parts["image_loss"]
         return {
             "loss": loss,

@@ -17,7 +17,7 @@ from mimco_deploy.training.backbone import Backbone
 from mimco_deploy.training.config import BackboneConfig
 from mimco_deploy.training.distributed import gather_rows
 from mimco_deploy.training.heads import moby_mlp
-from mimco_deploy.training.losses import first_of
+from mimco_deploy.training.losses import first_of, retrieval
 from mimco_deploy.training.method_config import MoBYConfig
 from mimco_deploy.training.momentum import KeyQueue, ema_update
 from mimco_deploy.training.monitor import spread
@@ -85,7 +85,7 @@ class MoBY(nn.Module):
             view2: [B, 3, H, W], another augmentation of the same images.
 
         Returns:
-            `loss`, and for the log `feature_spread`.
+            `loss`, and for the log `feature_spread`, `positive_similarity` and `image_accuracy`.
         """
         features1, features2 = self.encoder(view1).own, self.encoder(view2).own  # [B, D]
         query1 = F.normalize(self.predictor(self.projector(features1)), dim=1)  # [B, P]
@@ -97,6 +97,12 @@ class MoBY(nn.Module):
         queue1, queue2 = self.queue1.rows.clone(), self.queue2.rows.clone()
         tau = self.config.temperature
         loss = contrastive_loss(query1, key2, queue2, tau) + contrastive_loss(query2, key1, queue1, tau)
+        similarity, accuracy = retrieval(query1, torch.cat([key2, queue2.to(key2.dtype)]))
         self.queue1.push(gather_rows(key1))
         self.queue2.push(gather_rows(key2))
-        return {"loss": loss, "feature_spread": spread(features1)}
+        return {
+            "loss": loss,
+            "feature_spread": spread(features1),
+            "positive_similarity": similarity,
+            "image_accuracy": accuracy,
+        }

@@ -16,7 +16,7 @@ from mimco_deploy.training.backbone import Backbone
 from mimco_deploy.training.config import BackboneConfig
 from mimco_deploy.training.distributed import gather_rows, rank
 from mimco_deploy.training.heads import mocov3_mlp
-from mimco_deploy.training.losses import info_nce
+from mimco_deploy.training.losses import info_nce, retrieval
 from mimco_deploy.training.method_config import MoCoV3Config
 from mimco_deploy.training.momentum import ema_update
 from mimco_deploy.training.monitor import spread
@@ -84,7 +84,7 @@ class MoCoV3(nn.Module):
             view2: [B, 3, H, W], another augmentation of the same images.
 
         Returns:
-            `loss`, and for the log `feature_spread`.
+            `loss`, and for the log `feature_spread`, `positive_similarity` and `image_accuracy`.
         """
         features1, features2 = self.encoder(view1).own, self.encoder(view2).own  # [B, D]
         query1, query2 = self.predictor(self.projector(features1)), self.predictor(self.projector(features2))  # [B, P]
@@ -94,4 +94,10 @@ class MoCoV3(nn.Module):
         own = rank() * len(view1)
         tau = self.config.temperature
         loss = contrastive_loss(query1, key2, tau, own) + contrastive_loss(query2, key1, tau, own)
-        return {"loss": loss, "feature_spread": spread(features1)}
+        similarity, accuracy = retrieval(query1, key2, own)
+        return {
+            "loss": loss,
+            "feature_spread": spread(features1),
+            "positive_similarity": similarity,
+            "image_accuracy": accuracy,
+        }

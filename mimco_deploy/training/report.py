@@ -1,0 +1,170 @@
+"""A run as one HTML page that needs nothing else, written anew as the run goes: no script, no file beside it."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor
+
+from mimco_deploy.atomic import write_bytes
+from mimco_deploy.training.probe import Probe, Sight
+
+CHARTS = {
+    "loss": "what is minimised",
+    "patch_loss": "masked patches, before its weight",
+    "image_loss": "whole images, before its weight",
+    "contrastive_loss": "the other view, before its weight",
+    "positive_similarity": "cosine of a query with its own key",
+    "patch_accuracy": "share of masked patches whose own token is nearest",
+    "image_accuracy": "share of images whose own key is nearest",
+    "feature_spread": "of a batch: 0 is collapse, 1 is even on the sphere",
+    "lr": "learning rate",
+    "images_per_s": "images a second",
+    "waiting": "share of the time spent waiting for data",
+}
+_WIDTH, _HEIGHT = 320, 120
+_STYLE = """
+:root { color-scheme: light dark; --page: #f6f5f2; --card: #fff; --ink: #1d1c1a; --soft: #6d6a64; --line: #e4e1da;
+  --mark: #0b6e5f; --bad: #a3271b; }
+@media (prefers-color-scheme: dark) { :root { --page: #141413; --card: #1e1e1c; --ink: #ecebe7; --soft: #9b978f;
+  --line: #32312e; --mark: #5fd0b9; --bad: #f08a7e; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 1180px; padding: clamp(1rem, 3vw, 2.5rem); background: var(--page); color: var(--ink);
+  font: 15px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+h1 { margin: 0 0 .2rem; font-size: 1.45rem; } h2 { margin: 2rem 0 .7rem; font-size: 1.05rem; }
+p { margin: 0; } .soft { color: var(--soft); font-size: .85rem; }
+.alarm { margin: 1rem 0; padding: .8rem 1rem; border: 1px solid var(--bad); border-radius: 10px; color: var(--bad); }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 320px), 1fr)); gap: 1rem; }
+figure { margin: 0; padding: .8rem 1rem; border: 1px solid var(--line); border-radius: 12px; background: var(--card); }
+figcaption { display: flex; justify-content: space-between; gap: .5rem; font-weight: 650; }
+figcaption b { font-variant-numeric: tabular-nums; }
+svg { display: block; width: 100%; height: auto; margin: .4rem 0; overflow: visible; }
+polyline { fill: none; stroke: var(--mark); stroke-width: 1.5; vector-effect: non-scaling-stroke; }
+line { stroke: var(--line); } circle { fill: var(--mark); }
+.strip { display: flex; gap: .4rem; margin-bottom: .6rem; overflow-x: auto; }
+.strip div { flex: none; width: 84px; font-size: .75rem; color: var(--soft); text-align: center; }
+.strip img { display: block; width: 84px; height: 84px; object-fit: cover; border-radius: 8px; }
+.strip div:first-child img { outline: 2px solid var(--mark); outline-offset: -2px; }
+"""
+
+
+def write_report(
+    folder: Path,
+    title: str,
+    progress: str,
+    *,
+    sights: Sequence[Sight] = (),
+    probe: Probe | None = None,
+    masked: Sequence[tuple[Tensor, Tensor]] = (),
+    alarm: str = "",
+) -> None:
+    """Write `report.html` into a run's folder.
+
+    Args:
+        folder: of the run; its `log.jsonl` gives the charts.
+        title: what runs.
+        progress: how far it is, in words.
+        sights: what the probe saw so far.
+        probe: the pictures that the sights are of.
+        masked: pictures as the method sees them: uint8 [3, H, W], and bool [h, w] with True = masked.
+        alarm: why the run ended, if it did so badly.
+    """
+    rows = _read_log(folder / "log.jsonl")
+    parts = [f"<h1>{html.escape(title)}</h1><p class='soft'>{html.escape(progress)}</p>"]
+    if alarm:
+        parts.append(f"<p class='alarm' role='alert'>{html.escape(alarm)}</p>")
+    if rows:
+        parts.append("<h2>Training</h2><div class='charts'>")
+        for name, meaning in CHARTS.items():
+            parts.append(_chart(name, meaning, [(row["step"] + 1, row[name]) for row in rows if name in row]))
+        parts.append("</div>")
+    if sights:
+        seen = f"{len(probe.pictures)} fixed pictures" if probe else "fixed pictures"
+        parts.append(f"<h2>Embeddings of {seen}</h2><div class='charts'>")
+        parts.append(_chart("spread", "0 is collapse, 1 is even on the sphere", [(s.step, s.spread) for s in sights]))
+        rank = [(s.step, s.effective_rank) for s in sights]
+        parts.append(_chart("effective rank", "directions over which they spread", rank))
+        knn = [(s.step, s.knn) for s in sights if s.knn is not None]
+        parts.append(_chart("k-NN", "folders as classes, each picture left out in turn", knn))
+        parts.append("</div>")
+    if sights and probe:
+        parts.append(_strips(sights[-1], probe))
+    if masked:
+        parts.append("<h2>Masks</h2><div class='strip'>")
+        parts += [f"<div>{_image(_overlay(pixels, mask), 'a masked picture')}</div>" for pixels, mask in masked]
+        parts.append("</div>")
+    page = (
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
+        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>"
+    )
+    write_bytes(folder / "report.html", page.encode())
+
+
+def _read_log(path: Path) -> list[dict[str, float]]:
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:  # a line that a crash cut short
+            continue
+    return rows
+
+
+def _chart(name: str, meaning: str, points: Sequence[tuple[float, float]]) -> str:
+    """One line over the steps; nothing where there is nothing to show."""
+    points = [(x, y) for x, y in points if math.isfinite(y)]
+    if not points:
+        return ""
+    points = points[:: max(1, len(points) // 400)] + points[-1:]
+    xs, ys = [x for x, _ in points], [y for _, y in points]
+    low, high = min(ys), max(ys)
+    across, up = (max(xs) - min(xs)) or 1.0, (high - low) or 1.0
+    line = " ".join(
+        f"{_WIDTH * (x - min(xs)) / across:.1f},{_HEIGHT - _HEIGHT * (y - low) / up:.1f}" for x, y in points
+    )
+    last = line.rpartition(" ")[2].split(",")
+    label = html.escape(f"{name}: {ys[-1]:.4g} at step {xs[-1]:.0f}, from {low:.4g} to {high:.4g}")
+    return (
+        f"<figure><figcaption>{html.escape(name)}<b>{ys[-1]:.4g}</b></figcaption>"
+        f"<svg viewBox='0 0 {_WIDTH} {_HEIGHT}' role='img' aria-label='{label}'>"
+        f"<line x1='0' y1='{_HEIGHT}' x2='{_WIDTH}' y2='{_HEIGHT}'/><polyline points='{line}'/>"
+        f"<circle cx='{last[0]}' cy='{last[1]}' r='3'/></svg>"
+        f"<p class='soft'>{html.escape(meaning)}; {low:.4g} to {high:.4g}</p></figure>"
+    )
+
+
+def _strips(sight: Sight, probe: Probe) -> str:
+    """Each shown picture, then its neighbours."""
+    parts = [f"<h2>Nearest of the others, after step {sight.step}</h2>"]
+    for shown, neighbours, scores in zip(probe.shown, sight.neighbours, sight.scores, strict=True):
+        cells = [f"<div>{_image(probe.pictures[shown], probe.names[shown])}</div>"]
+        for number, score in zip(neighbours, scores, strict=True):
+            cells.append(f"<div>{_image(probe.pictures[number], probe.names[number])}{score:.3f}</div>")
+        parts.append(f"<div class='strip'>{''.join(cells)}</div>")
+    return "".join(parts)
+
+
+def _overlay(pixels: Tensor, mask: Tensor) -> Image.Image:
+    """A picture whose masked units are dimmed."""
+    patch = pixels.shape[1] // mask.shape[0]
+    hidden = mask.repeat_interleave(patch, 0).repeat_interleave(patch, 1)
+    shown = pixels.float() * (~hidden) + (0.25 * pixels.float() + 90.0) * hidden
+    return Image.fromarray(shown.byte().permute(1, 2, 0).numpy())
+
+
+def _image(picture: Image.Image, name: str) -> str:
+    small = picture.copy()
+    small.thumbnail((168, 168))
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=80)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    shown = html.escape(Path(name).name.encode("utf-8", "replace").decode())
+    return f"<img src='data:image/jpeg;base64,{data}' alt='{shown}' title='{shown}'>"

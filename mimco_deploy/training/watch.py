@@ -1,0 +1,101 @@
+"""Keeps a run's report up to date, and keeps the batch that a run ended badly with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mimco_deploy.errors import TrainingError
+from mimco_deploy.training.backbone import Backbone
+from mimco_deploy.training.config import Stage1Config, Stage2Config
+from mimco_deploy.training.corpus import Corpus
+from mimco_deploy.training.data import MakeViews, StepSampler, load_batches, seed_for
+from mimco_deploy.training.probe import SHOWN, make_probe, pooling_of, read_sights, write_sights
+from mimco_deploy.training.report import write_report
+
+_REPORT_STREAM = 2  # of random numbers, beside those of views and model
+
+
+class Watch:
+    """What a person sees of a run, in its main process.
+
+    Args:
+        method: its encoder is looked at.
+        config: of the run.
+        corpus: gives the probe's pictures.
+        make_views: of the method, for the masks that are shown.
+        folder: of the run; gets `report.html` and `probe.jsonl`.
+        step: from which the run goes on.
+    """
+
+    def __init__(
+        self,
+        method: nn.Module,
+        config: Stage1Config | Stage2Config,
+        corpus: Corpus,
+        make_views: MakeViews,
+        folder: Path,
+        step: int,
+    ) -> None:
+        assert isinstance(method.encoder, Backbone)
+        self._encoder, self._pooling = method.encoder, pooling_of(method, method.encoder)
+        self._config, self._corpus, self._make_views, self._folder = config, corpus, make_views, folder
+        self._probe = make_probe(corpus, config.backbone.image_size_px)
+        self._sights = read_sights(folder, step) if step else []
+        self._masked = self._draw_masks()
+
+    def update(self, step: int, total_steps: int, *, look: bool) -> None:
+        """Write the report; with `look` embed the probe's pictures first."""
+        if look and self._probe is not None:
+            seen = self._probe.look(step, self._encoder, self._pooling)
+            earlier = [sight for sight in self._sights if sight.step < step]
+            self._sights = earlier if seen is None else [*earlier, seen]
+            write_sights(self._folder, self._sights)
+        self._write(f"step {step:,} of {total_steps:,}")
+
+    def alarm(self, error: TrainingError) -> TrainingError:
+        """Keep the batch of the step that went wrong, say so in the report, and give the error with where it is."""
+        path = self._keep_batch(error.step)
+        self._write(f"ended at step {error.step:,}", alarm=f"{error}. Its batch is in {path.name}.")
+        return TrainingError(f"{error.found} (its batch is in {path})", expected=error.expected, step=error.step)
+
+    def _write(self, progress: str, alarm: str = "") -> None:
+        name = self._config.backbone.name
+        title = f"{self._config.method.name} · {name} · {self._config.backbone.image_size_px} px"
+        write_report(
+            self._folder, title, progress, sights=self._sights, probe=self._probe, masked=self._masked, alarm=alarm
+        )
+
+    def _draw_masks(self) -> list[tuple[Tensor, Tensor]]:
+        """A few pictures as the method sees them, where it has masks that views draw."""
+        if self._probe is None:
+            return []
+        shown = []
+        with torch.random.fork_rng(devices=[]):
+            for number in self._probe.shown[:SHOWN]:
+                torch.manual_seed(seed_for(self._config.run.seed, _REPORT_STREAM, number))
+                views = self._make_views(self._probe.pictures[number])
+                if len(views) > 1 and views[1].dtype == torch.bool:
+                    shown.append((views[0], views[1]))
+        return shown
+
+    def _keep_batch(self, step: int) -> Path:
+        """Views of the step's micro-batches, made again: they are a function of the seed and the step."""
+        run = self._config.run
+        sampler = StepSampler(len(self._corpus), run, step)
+        batches = load_batches(self._corpus, self._make_views, sampler, run.seed, workers=0)
+        tensors: dict[str, Tensor] = {}
+        slots = []
+        for micro, (taken, (views, _)) in enumerate(zip(sampler, batches, strict=False)):
+            if micro == run.accumulate:
+                break
+            tensors |= {f"micro{micro}.view{number}": view.contiguous() for number, view in enumerate(views)}
+            slots += [self._corpus.pictures[index].name for index, _ in taken]
+        batches.close()
+        path = self._folder / f"replay-{step}.safetensors"
+        save_file(tensors, path, metadata={"step": str(step), "seed": str(run.seed), "pictures": json.dumps(slots)})
+        return path

@@ -1,0 +1,218 @@
+"""What a person sees of a run: the probe's numbers, the report, and the batch that a run ended badly with."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from mimco_deploy.errors import TrainingError, TrainingInterrupted
+from mimco_deploy.training.augment import TwoViews
+from mimco_deploy.training.checkpoint import read_checkpoint
+from mimco_deploy.training.corpus import load_corpus
+from mimco_deploy.training.data import StepSampler, load_batches
+from mimco_deploy.training.loop import train
+from mimco_deploy.training.losses import retrieval
+from mimco_deploy.training.probe import Probe, effective_rank, leave_one_out, make_probe, read_sights
+from mimco_deploy.training.report import write_report
+from tests.unit.training.small import (
+    BACKBONE,
+    Stub,
+    draw_photos,
+    every_method,
+    rows_of,
+    stage1_config,
+    stop_at,
+    train_any,
+)
+
+
+@pytest.fixture(autouse=True)
+def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return draw_photos(tmp_path_factory.mktemp("watch") / "photos")
+
+
+class Page(HTMLParser):
+    """Counts elements, and keeps the text."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.text = ""
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        source = dict(attrs).get("src")
+        assert source is None or source.startswith("data:image/jpeg;base64,")
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+# ------------------------------------------------------------------------------------------------------------ numbers
+
+
+@pytest.mark.parametrize(("rank", "width"), [(1, 8), (3, 8), (8, 8)])
+def test_effective_rank_is_the_number_of_equal_directions(rank: int, width: int) -> None:
+    embeddings = torch.eye(width)[torch.arange(24 * rank) % rank]
+    assert effective_rank(embeddings) == pytest.approx(rank, rel=1e-4)
+
+
+def test_effective_rank_is_rankmes_formula() -> None:
+    embeddings = np.random.default_rng(0).normal(size=(20, 6))
+    values = np.linalg.svd(embeddings, compute_uv=False)
+    shares = [value / sum(values) for value in values]
+    expected = math.exp(-sum(share * math.log(share) for share in shares))
+    assert effective_rank(torch.from_numpy(embeddings)) == pytest.approx(expected, rel=1e-4)
+
+
+def test_leave_one_out_is_a_vote_of_the_others() -> None:
+    rng = np.random.default_rng(1)
+    embeddings = rng.normal(size=(12, 4))
+    embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
+    labels = rng.integers(0, 3, 12)
+    right = 0
+    for i in range(12):
+        order = sorted((j for j in range(12) if j != i), key=lambda j: -(embeddings[i] @ embeddings[j]))[:5]
+        votes = [sum(math.exp(embeddings[i] @ embeddings[j] / 0.07) for j in order if labels[j] == c) for c in range(3)]
+        right += int(votes.index(max(votes)) == labels[i])
+    cosines = torch.from_numpy(embeddings @ embeddings.T)
+    cosines.fill_diagonal_(-torch.inf)
+    assert leave_one_out(cosines, torch.from_numpy(labels), k=5) == pytest.approx(right / 12)
+
+
+def test_retrieval_tells_similarity_and_whether_the_own_key_is_nearest() -> None:
+    keys = torch.eye(4)
+    queries = torch.stack([keys[1] * 3, keys[2], keys[0]])
+    similarity, accuracy = retrieval(queries, keys, first_positive=1)
+    assert similarity.item() == pytest.approx(2 / 3)
+    assert accuracy.item() == pytest.approx(2 / 3)
+
+
+# -------------------------------------------------------------------------------------------------------------- probe
+
+
+def test_a_probe_looks_without_a_trace(photos: Path) -> None:
+    method = Stub(dataclasses.replace(BACKBONE, drop_path=0.5)).train()
+    before = {name: value.clone() for name, value in method.state_dict().items()}
+    probe = Probe(load_corpus(stage1_config(photos).data), 16)
+    torch.manual_seed(3)
+    first, second = (probe.look(7, method.encoder, "mean") for _ in range(2))
+    drawn = torch.rand(3)
+    torch.manual_seed(3)
+    assert torch.equal(drawn, torch.rand(3))
+    assert first is not None
+    assert first == second
+    assert method.encoder.training
+    assert all(torch.equal(before[name], value) for name, value in method.state_dict().items())
+    assert (first.step, len(first.neighbours)) == (7, 6)
+    assert all(shown not in row for shown, row in zip(probe.shown, first.neighbours, strict=True))
+    assert all(scores == sorted(scores, reverse=True) for scores in first.scores)
+    assert first.knn is not None  # the folders are twelve kinds of two
+
+
+def test_a_corpus_without_labels_or_of_one_picture(tmp_path: Path, photos: Path) -> None:
+    for number, path in enumerate(sorted(photos.rglob("*.jpg"))[:3]):
+        (tmp_path / f"{number}.jpg").write_bytes(path.read_bytes())
+    config = dataclasses.replace(stage1_config(tmp_path).data)
+    probe = make_probe(load_corpus(config), 16)
+    assert probe is not None
+    sight = probe.look(1, Stub().encoder, "mean")
+    assert sight is not None
+    assert sight.knn is None
+    for path in sorted(tmp_path.glob("*.jpg"))[1:]:
+        path.unlink()
+    assert make_probe(load_corpus(config), 16) is None
+
+
+# ------------------------------------------------------------------------------------------------------------- report
+
+
+@pytest.mark.parametrize("name", ["mocov3", "moby", "mimco", "simmim", "mae", "joint", "mimco-l1"])
+def test_a_run_of_each_method_leaves_a_report(tmp_path: Path, photos: Path, name: str) -> None:
+    train_any(stage1_config(photos, epochs=1), tmp_path / "stage1")
+    config = every_method(photos, tmp_path / "stage1" / "last")[name]
+    train_any(config, tmp_path / "run")
+    page = Page(tmp_path / "run" / "report.html")
+    assert page.text.startswith(config.method.name)
+    assert "step 6 of 6" in page.text
+    assert "effective rank" in page.text
+    assert "script" not in page.tags
+    masked = config.method.name in ("mimco", "simmim", "mae", "joint")
+    assert ("Masks" in page.text) == masked
+    assert page.tags.count("img") == 6 * (1 + 8) + 6 * masked
+    parts = {"mocov3": ["image_accuracy", "positive_similarity"], "mimco": ["patch_loss", "image_loss"]}
+    assert all(part in page.text for part in parts.get(name, []))
+
+
+def test_the_report_goes_on_after_a_resume(tmp_path: Path, photos: Path) -> None:
+    config = stage1_config(photos, checkpoint_every_steps=2)
+    with pytest.raises(TrainingInterrupted):
+        train_any(config, tmp_path, on_step=stop_at(4))
+    assert [sight.step for sight in read_sights(tmp_path, 99)] == [2, 4]
+    train_any(config, tmp_path, resume=read_checkpoint(tmp_path / "last"))
+    assert [sight.step for sight in read_sights(tmp_path, 99)] == [2, 4, 6]
+    assert [sight.step for sight in read_sights(tmp_path, 4)] == [2, 4]
+
+
+def test_names_are_text_whatever_is_in_them_and_broken_lines_are_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text('{"step": 0, "loss": 2.0}\n{"step": 1, "lo', encoding="utf-8")
+    write_report(tmp_path, "<script>x</script>", "step 1", alarm="<b>bad</b> & worse")
+    page = Page(tmp_path / "report.html")
+    assert "script" not in page.tags
+    assert "b" in page.tags  # a chart's number; the alarm's own is text
+    assert "<b>bad</b> & worse" in page.text
+    assert page.tags.count("polyline") == 1
+
+
+# -------------------------------------------------------------------------------------------------------------- alarms
+
+
+class Broken(Stub):
+    """NaN from the fourth step on."""
+
+    def forward(self, view: Tensor, *views: Tensor) -> dict[str, Tensor]:
+        row = super().forward(view, *views)
+        return {**row, "loss": row["loss"] * (math.nan if len(self.progress) > 3 else 1.0)}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_batch_of_a_step_that_went_wrong_is_kept(tmp_path: Path, photos: Path, accumulate: int) -> None:
+    config = stage1_config(photos, accumulate=accumulate, log_every_steps=6)
+    corpus, views = load_corpus(config.data), TwoViews(16, config.views)
+    with pytest.raises(
+        TrainingError, match=r"step 3: loss is nan \(its batch is in .*replay-3\.safetensors\)"
+    ) as error:
+        train(Broken(), config, corpus, views, tmp_path)
+    assert error.value.step == 3
+
+    sampler = StepSampler(len(corpus), config.run, 3)
+    batches = load_batches(corpus, views, sampler, config.run.seed, workers=0)
+    with safe_open(tmp_path / "replay-3.safetensors", "pt") as kept:
+        for micro in range(accumulate):
+            given, _ = next(batches)
+            for number, view in enumerate(given):
+                assert torch.equal(kept.get_tensor(f"micro{micro}.view{number}"), view)
+        assert kept.metadata()["step"] == "3"
+        assert len(json.loads(kept.metadata()["pictures"])) == 8
+        assert len(list(kept.keys())) == 2 * accumulate
+    page = Page(tmp_path / "report.html")
+    assert "ended at step 3" in page.text
+    assert re.search(r"loss is nan.*replay-3\.safetensors", page.text)
+    assert [row["step"] for row in rows_of(tmp_path)] == [0, 1, 2, 3]  # what led to it
+    assert "loss" not in rows_of(tmp_path)[-1]
