@@ -75,7 +75,7 @@ class OneCrop:
     ) -> None:
         self._crop = v2.Compose(
             [
-                v2.RandomResizedCrop(image_size_px, scale=(config.min_crop_scale, 1.0)),
+                _ResizedCrop(image_size_px, config.min_crop_scale),
                 v2.RandomHorizontalFlip(),
                 v2.PILToTensor(),
             ]
@@ -111,7 +111,7 @@ class MaskedTwoViews:
 def _mocov3_view(image_size_px: int, min_crop_scale: float, *blur_and_solarise: torch.nn.Module) -> v2.Compose:
     return v2.Compose(
         [
-            v2.RandomResizedCrop(image_size_px, scale=(min_crop_scale, 1.0)),
+            _ResizedCrop(image_size_px, min_crop_scale),
             v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
             v2.RandomGrayscale(p=0.2),
             *blur_and_solarise,
@@ -119,6 +119,23 @@ def _mocov3_view(image_size_px: int, min_crop_scale: float, *blur_and_solarise: 
             v2.PILToTensor(),
         ]
     )
+
+
+class _ResizedCrop(torch.nn.Module):
+    """torchvision's random crop and bilinear resize in one call of Pillow's.
+
+    Pillow first reduces by whole factors what is to shrink several times: the same crops in about half the time there.
+    """
+
+    def __init__(self, side_px: int, min_scale: float) -> None:
+        super().__init__()
+        self._size = (side_px, side_px)
+        self._crop = v2.RandomResizedCrop(side_px, scale=(min_scale, 1.0))
+
+    def forward(self, picture: Image.Image) -> Image.Image:
+        at = self._crop.make_params([picture])
+        box = (at["left"], at["top"], at["left"] + at["width"], at["top"] + at["height"])
+        return picture.resize(self._size, Image.Resampling.BILINEAR, box=box, reducing_gap=3.0)
 
 
 class _PillowBlur(torch.nn.Module):
