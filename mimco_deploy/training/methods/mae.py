@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from mimco_deploy.errors import ConfigError
-from mimco_deploy.training.backbone import Backbone, init_linears, sincos_positions, vit_blocks
+from mimco_deploy.training.backbone import Backbone
 from mimco_deploy.training.config import BackboneConfig, MaskConfig
 from mimco_deploy.training.masking import mask_shape
 from mimco_deploy.training.method_config import MAEConfig
+from mimco_deploy.training.vit import init_linears, sincos_positions, vit_blocks
 
 
 def to_patches(images: Tensor, patch_px: int) -> Tensor:

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from mimco_deploy.training.backbone import sincos_positions
 from mimco_deploy.training.config import BackboneConfig, MaskConfig, OptimConfig
 from mimco_deploy.training.masking import mask_shape
 from mimco_deploy.training.method_config import MAEConfig
 from mimco_deploy.training.methods.mae import MAE, patch_pixel_loss, to_patches
 from mimco_deploy.training.optim import build_optimizer
 from mimco_deploy.training.schedules import lr_schedule
+from mimco_deploy.training.vit import sincos_positions
 from tests.unit.training.golden import assert_final, assert_gradients, deviations_of, leaf, load, renamed, sizes_of
 
 

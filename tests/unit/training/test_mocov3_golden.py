@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from mimco_deploy.training.backbone import sincos_positions
 from mimco_deploy.training.config import BackboneConfig, OptimConfig
 from mimco_deploy.training.heads import mocov3_mlp
 from mimco_deploy.training.method_config import MoCoV3Config
 from mimco_deploy.training.methods.mocov3 import MoCoV3, contrastive_loss
 from mimco_deploy.training.optim import build_optimizer
 from mimco_deploy.training.schedules import lr_schedule, momentum_at
+from mimco_deploy.training.vit import sincos_positions
 from tests.unit.training.golden import assert_final, assert_gradients, deviations_of, leaf, load, renamed, sizes_of
 
 
