@@ -82,7 +82,7 @@ def open_stage1(folder: Path, request: Request) -> tuple[Stage1Config, Checkpoin
             preset = _preset(request.preset).stage1 if request.preset else kept
             base = with_stage1_method(preset, request.method or preset.method.name)
             base = dataclasses.replace(base, data=dataclasses.replace(base.data, sources=kept.data.sources))
-        return _same(kept, request.apply(base)), checkpoint
+        return _same(kept, base, request), checkpoint
     if not request.data:
         raise ConfigError("no pictures to train on", command="mimco train stage1 --data DIR")
     config = _preset(request.preset or _default_preset()).stage1
@@ -114,7 +114,7 @@ def open_stage2(folder: Path, stage1: Path, request: Request) -> tuple[Stage2Con
             base = dataclasses.replace(base, data=data, teacher=kept.teacher)
         if request.teacher is not None:
             base = dataclasses.replace(base, teacher=_whole(request.teacher))
-        return _same(kept, request.apply(base)), checkpoint
+        return _same(kept, base, request), checkpoint
     if method not in WITH_TEACHER:
         if request.teacher is not None:
             raise ConfigError(f"--teacher with --method {method}", expected=f"--method {' or '.join(WITH_TEACHER)}")
@@ -147,8 +147,12 @@ def _open_folder(folder: Path, stage: str, request: Request) -> Checkpoint | Non
     return None
 
 
-def _same(kept: StageT, asked: StageT) -> StageT:
+def _same(kept: StageT, base: StageT, request: Request) -> StageT:
     """What was asked for, if it is the run's own settings but for how fast it goes and how often it tells."""
+    asked = request.apply(base)
+    if request.grad_accum == "auto":  # it was settled when the run began
+        settled = {"accumulate": kept.run.accumulate, "grad_checkpointing": kept.run.grad_checkpointing}
+        asked = dataclasses.replace(asked, run=dataclasses.replace(asked.run, **settled))
     changes = sorted(differences(kept, asked), key=lambda change: change[0] != "method.name")
     for key, old, new in changes:
         if key not in _MAY_CHANGE:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -199,6 +200,18 @@ def test_resuming_with_a_changed_setting_is_refused_with_both_values(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         open_stage1(stage1, Request(resume=True, **options))
+
+
+def test_resuming_a_run_that_was_fitted_to_memory_keeps_the_fit(stage1: Path) -> None:
+    path = stage1 / "last" / "config.json"
+    document = json.loads(path.read_text(encoding="utf-8"))
+    document["config"]["run"] |= {"accumulate": 2, "grad_checkpointing": True}
+    path.write_text(json.dumps(document), encoding="utf-8")
+    config, checkpoint = open_stage1(stage1, Request(resume=True, grad_accum="auto", batch_size=8))
+    assert checkpoint is not None
+    assert config == checkpoint.config
+    with pytest.raises(ConfigError, match=r"run\.accumulate 4, where the run has 2"):
+        open_stage1(stage1, Request(resume=True, grad_accum="4"))
 
 
 def test_resuming_with_another_teacher_is_refused(stage1: Path, tmp_path: Path, photos: Path) -> None:
