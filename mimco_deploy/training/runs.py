@@ -151,8 +151,9 @@ def _same(kept: StageT, base: StageT, request: Request) -> StageT:
     """What was asked for, if it is the run's own settings but for how fast it goes and how often it tells."""
     asked = request.apply(base)
     if request.grad_accum == "auto":  # it was settled when the run began
-        settled = {"accumulate": kept.run.accumulate, "grad_checkpointing": kept.run.grad_checkpointing}
-        asked = dataclasses.replace(asked, run=dataclasses.replace(asked.run, **settled))
+        run = kept.run
+        run = dataclasses.replace(asked.run, accumulate=run.accumulate, grad_checkpointing=run.grad_checkpointing)
+        asked = dataclasses.replace(asked, run=run)
     changes = sorted(differences(kept, asked), key=lambda change: change[0] != "method.name")
     for key, old, new in changes:
         if key not in _MAY_CHANGE:
