@@ -153,7 +153,7 @@ def together(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRe
         for number in ("0", "1")
     ]
     try:
-        said = [run.communicate(timeout=120)[0] for run in runs]
+        said = [run.communicate(timeout=240)[0] for run in runs]
     finally:
         for run in runs:
             with contextlib.suppress(ProcessLookupError):
