@@ -311,7 +311,7 @@ def test_a_folder_of_timms_gives_what_timm_gives(tmp_path: Path, name: str, size
 SMALL = BackboneConfig(name="vit_tiny_patch16_224", image_size_px=224, patch_size_px=32, depth=(1,))
 
 
-@pytest.mark.parametrize("name", ["mixer_s32_224", "xcit_nano_12_p16_224"])
+@pytest.mark.parametrize("name", ["mixer_s32_224", "resmlp_12_224"])
 def test_families_that_describe_themselves_otherwise_are_teachers_too(tmp_path: Path, name: str) -> None:
     write_timm_folder(tmp_path, name)
     backbone, pooling = load_teacher(str(tmp_path))
