@@ -88,6 +88,30 @@ def test_queues_over_three_steps_are_the_authors(golden_file: Path) -> None:
             assert int(queue.pushed) % len(queue.rows) == int(arrays[f"s{step}_ptr_after"][0])
 
 
+@pytest.mark.golden("moby/queue_w2_seed*.npz")
+def test_each_of_two_ranks_computes_the_authors_loss_against_queues_of_both(golden_file: Path) -> None:
+    arrays = load(golden_file)
+    queues = [KeyQueue(*arrays[f"queue{number}_init"].T.shape) for number in (1, 2)]
+    for number, queue in enumerate(queues, start=1):
+        queue.rows.copy_(torch.from_numpy(arrays[f"queue{number}_init"]).T)
+    for step in range(3):
+        for rank in (0, 1):
+            prefix = f"r{rank}_s{step}"
+            pred1, pred2 = (leaf(arrays[f"{prefix}_pred{view}"]) for view in (1, 2))
+            key1, key2 = (torch.from_numpy(arrays[f"{prefix}_key{view}"]) for view in (1, 2))
+            loss = contrastive_loss(pred1, key2, queues[1].rows.clone(), 0.2)
+            loss = loss + contrastive_loss(pred2, key1, queues[0].rows.clone(), 0.2)
+            np.testing.assert_allclose(loss.item(), arrays[f"{prefix}_loss"], rtol=1e-6)
+            for view, gradient in enumerate(torch.autograd.grad(loss, (pred1, pred2)), start=1):
+                np.testing.assert_allclose(gradient, arrays[f"{prefix}_grad_pred{view}"], rtol=1e-5, atol=1e-7)
+        for number, queue in enumerate(queues, start=1):
+            keys = [torch.from_numpy(arrays[f"r{rank}_s{step}_key{number}"]) for rank in (0, 1)]
+            queue.push(torch.cat(keys))  # as `gather_rows` gives them
+        assert int(queues[0].pushed) % len(queues[0].rows) == int(arrays[f"s{step}_ptr_after"][0])
+    for number, queue in enumerate(queues, start=1):
+        np.testing.assert_allclose(queue.rows.T, arrays[f"s2_queue{number}_after"], rtol=0, atol=1e-6)
+
+
 @pytest.mark.golden("moby/tiny_train_seed*.npz")
 def test_three_steps_of_training_are_the_authors(golden_file: Path) -> None:
     arrays = load(golden_file)
