@@ -50,22 +50,17 @@ class Backbone(nn.Module):
     Args:
         config: architecture and sizes.
         frozen_patch_embed: keep the patch embedding as the random projection it starts as (MoCo v3, section 4.2).
-        body: timm's model of this config, where there is one already; by default a new one, at random.
 
     Raises:
         ConfigError: timm does not know the architecture or cannot build it so, or its patches do not tile the image.
     """
 
-    def __init__(
-        self, config: BackboneConfig, *, frozen_patch_embed: bool = False, body: nn.Module | None = None
-    ) -> None:
+    def __init__(self, config: BackboneConfig, *, frozen_patch_embed: bool = False) -> None:
         super().__init__()
-        if body is None:
-            body = _create(config)
-            if type(body) is VisionTransformer and body.num_prefix_tokens == 1 and not body.no_embed_class:
-                init_as_mocov3(body)
+        model: Any = _create(config)
+        if type(model) is VisionTransformer and model.num_prefix_tokens == 1 and not model.no_embed_class:
+            init_as_mocov3(model)
         self.config = config
-        model: Any = body
         self.body = model
         self._is_swin = isinstance(model, SwinTransformer)
         self.width: int = model.num_features

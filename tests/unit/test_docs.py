@@ -21,6 +21,7 @@ from mimco_deploy.cli import main
 from mimco_deploy.serving.update import update_index
 from mimco_deploy.training.config import Stage1Config, Stage2Config
 from mimco_deploy.training.presets import PRESETS
+from mimco_deploy.training.settings import leaves
 from tests.helpers import CountingEncoder, gallery, save, tiny_bundle
 
 ROOT = Path(__file__).parents[2]
@@ -53,15 +54,6 @@ def groups(command: click.Command = main, path: str = "mimco") -> Iterator[tuple
         yield path, command
         for name, child in command.commands.items():
             yield from groups(child, f"{path} {name}")
-
-
-def settings_of(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from settings_of(value, f"{prefix}{field.name}.")
-        else:
-            yield f"{prefix}{field.name}", value
 
 
 def setting_names(kind: Any, prefix: str = "") -> Iterator[str]:
@@ -142,7 +134,7 @@ def shown(value: Any) -> str:
 def test_the_table_of_settings_has_the_values_of_the_presets(stage: str) -> None:
     section = text_of(ROOT / "docs/training.md").split(f"### Stage {stage[-1]}\n")[1].split("\n##")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if "| `" in line]
-    small, paper = (dict(settings_of(getattr(PRESETS[name](), stage))) for name in ("vit_tiny_debug", "vit_small"))
+    small, paper = (dict(leaves(getattr(PRESETS[name](), stage))) for name in ("vit_tiny_debug", "vit_small"))
     header, *values = rows
     assert header[:3] == ["setting", "`vit_tiny_debug`", "`vit_small`"]
     assert {row[0].strip("`"): (row[1], row[2]) for row in values} == {

@@ -194,9 +194,6 @@ def test_students_and_teachers_of_any_family_train_together(
 ) -> None:
     taught = make(teacher)
     method = MimCo(student, taught, taught.own_pooling, dataclasses.replace(MASK, kind=kind), MimCoConfig()).train()
-    patch = method.encoder.patch_px
-    mask = torch.zeros(4, 16 // patch, 16 // patch, dtype=torch.bool)
-    mask[:, : 16 // patch // 2] = True  # 8 of the 16 units; the ten that were asked for are padded below
     units = torch.zeros(4, 16, dtype=torch.bool)
     units[:, :10] = True
     row = method(torch.randn(4, 3, 16, 16), method.mask_shape.to_patches(units))
