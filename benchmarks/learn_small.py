@@ -30,7 +30,7 @@ import torch
 
 from mimco_deploy.evaluation.knn import knn_accuracy
 from mimco_deploy.export.pipeline import export_encoder
-from mimco_deploy.export.student import EncoderModule
+from mimco_deploy.export.student import EncoderModule, from_checkpoint
 from mimco_deploy.preprocess import preprocess
 from mimco_deploy.serving.encoders import load_encoder
 from mimco_deploy.training.backbone import CROP_SHARE, Backbone
@@ -136,14 +136,14 @@ def run_seed(recipe: Recipe, task: Task, data: Path, out: Path, seed: int) -> di
     start = time.perf_counter()
     train_stage1(apply_settings(recipe.stage1, settings), out / "stage1", on_step=say)
     result["stage 1 seconds"] = time.perf_counter() - start
-    export_encoder(read_checkpoint(out / "stage1/last"), out / "encoder1", "unstated")
+    export_encoder(from_checkpoint(read_checkpoint(out / "stage1/last")), out / "encoder1")
     measure("stage 1", load_encoder(out / "encoder1").embed, side)
 
     start = time.perf_counter()
     stage2 = dataclasses.replace(apply_settings(recipe.stage2, settings), teacher=str(out / "stage1/last"))
     train_stage2(stage2, out / "stage2", on_step=say)
     result["stage 2 seconds"] = time.perf_counter() - start
-    export_encoder(read_checkpoint(out / "stage2/last"), out / "encoder2", "unstated")
+    export_encoder(from_checkpoint(read_checkpoint(out / "stage2/last")), out / "encoder2")
     measure("stage 2", load_encoder(out / "encoder2").embed, side)
     return result
 

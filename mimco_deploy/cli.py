@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -18,13 +19,19 @@ from mimco_deploy.errors import ConfigError, MimcoError, MissingExtraError, Work
 from mimco_deploy.workspace import Workspace, find_workspace
 
 if TYPE_CHECKING:
+    from mimco_deploy.bundle import EncoderSpec
+    from mimco_deploy.serving.bench import Variant
+    from mimco_deploy.serving.encoders import Device, Encoder
     from mimco_deploy.training.config import Stage1Config, Stage2Config
     from mimco_deploy.training.loop import StepReport
 
     ConfigT = TypeVar("ConfigT", Stage1Config, Stage2Config)
 
+logger = logging.getLogger(__name__)
+
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 Folder = click.Path(path_type=Path, file_okay=False)
+AnyPath = click.Path(path_type=Path)
 IS_MAIN_PROCESS = os.environ.get("RANK", "0") == "0"
 """False in the processes that torchrun starts beside the first."""
 
@@ -244,35 +251,199 @@ def _print_trained(folder: Path, as_json: bool) -> None:
 
 @main.command()
 @click.option("--format", "target", type=click.Choice(["onnx"]), required=True, help="What to make.")
+@click.option(
+    "--precision",
+    "precisions",
+    type=click.Choice(["fp32", "fp16", "bf16", "int8"]),
+    multiple=True,
+    help="Of the graph, beside fp32, which is always made; repeatable.",
+)
 @click.option("--checkpoint", type=Folder, help="What to export.  [default: the workspace's stage 2]")
-@click.option("--output", type=Folder, help="Folder of the bundle.  [default: the workspace's encoder]")
-@click.option("--licence", default="unstated", show_default=True, help="Licence of the weights, kept in the bundle.")
+@click.option("--model", metavar="SOURCE", help="Export timm/NAME instead, a folder of timm's or a file of weights.")
+@click.option("--image-size", type=click.IntRange(min=1), help="Side of the input in px.  [default: as trained]")
+@click.option("--with-patches", is_flag=True, help="Give the patch tokens as a second output.")
+@click.option(
+    "--check", type=Folder, help="Prove neighbours on pictures of this folder, and calibrate int8 with others."
+)
+@click.option("--output", type=AnyPath, help="Folder, .zip or .tar of the bundle.  [default: the workspace's encoder]")
+@click.option("--licence", help="Licence of the weights, kept in the bundle.")
 @json_option
 @click.pass_obj
 def export(
-    workspace: Workspace, target: str, checkpoint: Path | None, output: Path | None, licence: str, as_json: bool
+    workspace: Workspace,
+    /,
+    target: str,
+    checkpoint: Path | None,
+    model: str | None,
+    image_size: int | None,
+    output: Path | None,
+    as_json: bool,
+    **options: Any,
 ) -> None:
-    """Export the student as an encoder bundle, and prove that it answers as torch does."""
-    source = checkpoint or current_dir(workspace.stage2 / "last")
-    if checkpoint is None and not source.is_dir():
-        raise WorkspaceError(f"no trained student in {source}", expected="a checkpoint", command="mimco train stage2")
+    """Export the student as an encoder bundle, and prove that it answers as torch does.
+
+    \b
+    mimco export --format onnx
+    mimco export --format onnx --precision int8 --check ./photos
+    mimco export --format onnx --model timm/vit_small_patch16_224.dino
+    """
+    if checkpoint is not None and model is not None:
+        raise click.UsageError("--checkpoint and --model are two sources; give one.")
     with _extra("train"):
         from mimco_deploy.training.checkpoint import read_checkpoint
     with _extra("export"):
-        from mimco_deploy.export.pipeline import export_encoder
+        from mimco_deploy.export.pipeline import ExportOptions, export_encoder
+        from mimco_deploy.export.student import from_checkpoint, from_model
 
+    if model is not None:
+        source = from_model(model)
+    else:
+        trained = read_checkpoint(checkpoint or _trained_student(workspace))
+        trained.warn_if_unfinished()
+        source = from_checkpoint(trained)
     folder = output or workspace.encoder
-    trained = read_checkpoint(source)
-    trained.warn_if_unfinished()
-    report = export_encoder(trained, folder, licence)
+    exported = export_encoder(source, folder, ExportOptions(image_size_px=image_size, **options))
     if as_json:
-        _print_json({"bundle": folder, "format": target, "parity": {**asdict(report), "passed": report.passed}})
-        return
-    click.echo(f"{target}: bundle in {folder}")
-    click.echo(
-        f"parity: passed, at most {report.max_abs:.1e} from torch on {report.pictures} pictures "
-        f"({report.max_abs_allowed:.0e} allowed, {report.provider})"
+        _print_json({"bundle": folder, "format": target, **exported.document()})
+    else:
+        from mimco_deploy.terminal import print_table
+
+        click.echo(f"{target}: bundle in {folder}, licence {exported.spec.licence}")
+        print_table(*exported.table())
+    if exported.refused:
+        raise exported.refused[0]
+
+
+def _trained_student(workspace: Workspace) -> Path:
+    folder = current_dir(workspace.stage2 / "last")
+    if not folder.is_dir():
+        raise WorkspaceError(f"no trained student in {folder}", expected="a checkpoint", command="mimco train stage2")
+    return folder
+
+
+def _runtime_options(function: FunctionT) -> FunctionT:
+    options = [
+        click.option(
+            "--encoder", type=AnyPath, help="Bundle: folder, .zip or .tar.  [default: the workspace's encoder]"
+        ),
+        click.option(
+            "--device",
+            type=click.Choice(["auto", "cpu", "cuda", "tensorrt"]),
+            default="auto",
+            show_default=True,
+            help="Where the encoder runs.",
+        ),
+        click.option("--strict", is_flag=True, help="Fail where the encoder does not run on that device."),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def _load_encoder(workspace: Workspace, encoder: Path | None, device: Device, strict: bool) -> Encoder:
+    from mimco_deploy.serving.encoders import load_encoder
+
+    return load_encoder(encoder or workspace.encoder, device, strict=strict)
+
+
+@main.command()
+@click.option("--encoder", type=AnyPath, help="Bundle.  [default: the workspace's encoder]")
+@click.option("--check", type=Folder, help="Count neighbours among pictures of this folder.  [default: drawn ones]")
+@click.option(
+    "--batch-size",
+    "batch_sizes",
+    type=click.IntRange(min=1),
+    multiple=True,
+    default=(1, 8, 32),
+    show_default=True,
+    help="Pictures at once; repeatable.",
+)
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where.")
+@click.option("--source", help="Weights to run in torch too, as for export.  [default: the workspace's stage 2]")
+@click.option("--pick", is_flag=True, help="Make the fastest variant that passes the bundle's default.")
+@json_option
+@click.pass_obj
+def bench(
+    workspace: Workspace,
+    /,
+    encoder: Path | None,
+    check: Path | None,
+    batch_sizes: tuple[int, ...],
+    device: str,
+    source: str | None,
+    pick: bool,
+    as_json: bool,
+) -> None:
+    """Measure every variant of an encoder on this machine: speed, start, size, and neighbours kept."""
+    from mimco_deploy.bundle import read_bundle
+    from mimco_deploy.serving import bench as benching
+    from mimco_deploy.serving.sample import draw_pictures, sample_folder
+    from mimco_deploy.terminal import counting_bar, print_table
+
+    path = encoder or workspace.encoder
+    bundle = read_bundle(path)
+    spec = bundle.spec
+    geometry = (spec.image_size_px, spec.crop_share, spec.interpolation)
+    pictures = (
+        draw_pictures(benching.DRAWN_PICTURES, *geometry)
+        if check is None
+        else sample_folder(check, benching.SAMPLED_PICTURES, *geometry)
     )
+    devices = benching.devices_here() if device == "auto" else [device]
+    variants = benching.bundle_variants(path, bundle, devices)
+    for name in devices:
+        variants += _torch_variants(workspace, spec, source, name)
+    with counting_bar("bench") as show:
+        rows, failures = benching.measure(variants, pictures, batch_sizes, show)
+    defaults = benching.pick(path, rows) if pick else dict(bundle.defaults)
+    if as_json:
+        _print_json({**benching.document(rows, failures, len(pictures), check), "defaults": defaults})
+    else:
+        print_table(*benching.table(rows, failures))
+        click.echo(f"defaults: {', '.join(f'{name} {kind}' for name, kind in defaults.items()) or 'fp32'}")
+
+
+@main.command()
+@json_option
+@click.pass_context
+def doctor(context: click.Context, /, as_json: bool) -> None:
+    """Say what this machine can run, and the next command for each problem."""
+    from mimco_deploy.serving.doctor import examine
+    from mimco_deploy.terminal import print_table
+
+    findings = examine()
+    if as_json:
+        _print_json([asdict(finding) for finding in findings])
+    else:
+        print_table(["", "state", "found", "next"], [[one.name, one.state, one.found, one.command] for one in findings])
+    if any(one.state == "problem" for one in findings):
+        context.exit(1)
+
+
+def _torch_variants(workspace: Workspace, spec: EncoderSpec, source: str | None, device: str) -> list[Variant]:
+    """Rows for torch, where it is installed and the weights are at hand."""
+    trained = current_dir(workspace.stage2 / "last")
+    if source is None and not trained.is_dir():
+        return []
+    try:
+        from mimco_deploy.export.torch_variants import torch_variants
+    except ModuleNotFoundError:
+        return []
+    try:
+        return torch_variants(spec, source or str(trained), device)
+    except MimcoError as error:
+        if source is not None:
+            raise
+        logger.warning("no rows for torch: %s", error)
+        return []
+
+
+def _run_by(encoder: Encoder) -> dict[str, str]:
+    return {
+        "provider": encoder.provider,
+        "precision": encoder.precision,
+        "fingerprint": encoder.spec.fingerprint,
+    }
 
 
 @main.command()
@@ -280,16 +451,23 @@ def export(
 @click.option("--forget", is_flag=True, help="Drop FOLDERS from the index instead; the pictures stay.")
 @click.option("--rebuild", is_flag=True, help="Embed everything again, as after a change of encoder.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Pictures in one commit.")
+@_runtime_options
 @json_option
 @click.pass_obj
 def index(
-    workspace: Workspace, folders: tuple[Path, ...], forget: bool, rebuild: bool, batch_size: int, as_json: bool
+    workspace: Workspace,
+    /,
+    folders: tuple[Path, ...],
+    forget: bool,
+    rebuild: bool,
+    batch_size: int,
+    as_json: bool,
+    **runtime: Any,
 ) -> None:
     """Index FOLDERS, or bring those indexed before up to date.
 
     Only new and changed pictures are embedded; what is gone is dropped.
     """
-    from mimco_deploy.serving.encoders import load_encoder
     from mimco_deploy.serving.roots import forget_root
     from mimco_deploy.serving.update import update_index
     from mimco_deploy.terminal import counting_bar
@@ -303,17 +481,18 @@ def index(
         else:
             click.echo(f"{dropped} pictures dropped from the index")
         return
-    encoder = load_encoder(workspace.encoder)
+    encoder = _load_encoder(workspace, **runtime)
     with counting_bar("index") as show:
         report = update_index(
             workspace.index, folders, encoder, batch_size=batch_size, rebuild=rebuild, on_progress=show
         )
     if as_json:
-        _print_json({**asdict(report), "provider": encoder.provider, "fingerprint": encoder.spec.fingerprint})
+        _print_json({**asdict(report), **_run_by(encoder)})
         return
     click.echo(
         f"{report.counts.files} pictures indexed: {report.added} added, {report.changed} changed, "
-        f"{report.removed} removed, {report.unchanged} unchanged; {report.embedded} embedded ({encoder.provider})"
+        f"{report.removed} removed, {report.unchanged} unchanged; {report.embedded} embedded "
+        f"({encoder.provider}, {encoder.precision})"
     )
     for folder in report.unreachable:
         click.echo(f"kept {folder.kept} pictures of {folder.path}, which cannot be read: {folder.reason}", err=True)
@@ -325,15 +504,15 @@ def index(
 @click.argument("query", type=click.Path(path_type=Path, dir_okay=False))
 @click.option("-k", type=click.IntRange(min=1), default=10, show_default=True, help="Number of hits.")
 @click.option("--sheet", type=click.Path(path_type=Path, dir_okay=False), help="Write query and hits as one HTML page.")
+@_runtime_options
 @json_option
 @click.pass_obj
-def search(workspace: Workspace, query: Path, k: int, sheet: Path | None, as_json: bool) -> None:
+def search(workspace: Workspace, /, query: Path, k: int, sheet: Path | None, as_json: bool, **runtime: Any) -> None:
     """Find the indexed pictures most like QUERY. The score is the cosine: higher is better, 1 is the same."""
-    from mimco_deploy.serving.encoders import load_encoder
     from mimco_deploy.serving.index import ImageIndex, search_image
     from mimco_deploy.serving.scan import readable
 
-    encoder = load_encoder(workspace.encoder)
+    encoder = _load_encoder(workspace, **runtime)
     image_index = ImageIndex.open(workspace.index, encoder.spec.fingerprint)
     hits = search_image(image_index, encoder, query, k)
     if sheet is not None:
@@ -342,8 +521,7 @@ def search(workspace: Workspace, query: Path, k: int, sheet: Path | None, as_jso
         write_sheet(sheet, query, hits)
     if as_json:
         ranked = [{"rank": rank, **asdict(hit)} for rank, hit in enumerate(hits, start=1)]
-        run_by = {"provider": encoder.provider, "fingerprint": encoder.spec.fingerprint}
-        _print_json({"query": query, "hits": ranked, **run_by})
+        _print_json({"query": query, "hits": ranked, **_run_by(encoder)})
         return
     here = f"{Path.cwd()}{os.sep}"
     for rank, hit in enumerate(hits, start=1):

@@ -1,6 +1,6 @@
 """The one eval-time geometry: RGB picture → uint8 [H, W, 3].
 
-Bicubic resize of the short side, then a centre crop, equal bit for bit to torchvision's `Resize` and `CenterCrop` on
+Resize of the short side, then a centre crop, equal bit for bit to torchvision's `Resize` and `CenterCrop` on
 Pillow pictures (and so to timm's evaluation transform). Normalisation is not here: it is part of the exported graph.
 
 Standard library, NumPy and Pillow only.
@@ -9,6 +9,7 @@ Standard library, NumPy and Pillow only.
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -16,18 +17,23 @@ from PIL import Image
 
 from mimco_deploy.errors import ConfigError, ImageError
 
+Interpolation = Literal["bicubic", "bilinear"]
+_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 MAX_ASPECT = 32
 """Longer pictures lose their ends before the resize. The centre crop would cut them off anyway; but a picture of
 4000 × 1 px would first become 1,024,000 px wide. Up to this ratio the result is that of torchvision."""
 
 
-def preprocess(picture: Image.Image, image_size_px: int, crop_share: float) -> npt.NDArray[np.uint8]:
+def preprocess(
+    picture: Image.Image, image_size_px: int, crop_share: float, interpolation: Interpolation = "bicubic"
+) -> npt.NDArray[np.uint8]:
     """Bring a picture to the square that an encoder takes.
 
     Args:
         picture: mode RGB, any size, as `images.decode_image` gives it.
         image_size_px: side of the square, ≥ 1.
         crop_share: side of the square over the short side of the resized picture, in (0, 1]; 0.875 gives 256 → 224.
+        interpolation: filter of the resize, antialiased as Pillow's are.
 
     Returns:
         Pixels uint8 [image_size_px, image_size_px, 3].
@@ -42,18 +48,18 @@ def preprocess(picture: Image.Image, image_size_px: int, crop_share: float) -> n
         raise ConfigError(
             f"image size {image_size_px} px with crop share {crop_share}", expected="a size ≥ 1 and a share in (0, 1]"
         )
-    resized = _resize(_without_far_ends(picture), math.floor(image_size_px / crop_share))
+    resized = _resize(_without_far_ends(picture), math.floor(image_size_px / crop_share), _FILTERS[interpolation])
     # Python's round, half to even, is what torchvision uses.
     left = round((resized.width - image_size_px) / 2)
     top = round((resized.height - image_size_px) / 2)
     return np.array(resized.crop((left, top, left + image_size_px, top + image_size_px)))  # [H, W, 3]
 
 
-def _resize(picture: Image.Image, short_px: int) -> Image.Image:
+def _resize(picture: Image.Image, short_px: int, resampling: Image.Resampling) -> Image.Image:
     width, height = picture.size
     short = min(width, height)
     size = (int(short_px * width / short), int(short_px * height / short))  # exact for the short side itself
-    return picture.resize(size, Image.Resampling.BICUBIC)
+    return picture.resize(size, resampling)
 
 
 def _without_far_ends(picture: Image.Image) -> Image.Image:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from rich import box
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from mimco_deploy.training.loop import StepReport
@@ -26,6 +30,16 @@ def set_up_logging(verbose: bool, silent: bool = False) -> None:
     logging.getLogger("timm").setLevel(logging.ERROR)  # speaks of schedules of a few steps
     level = logging.ERROR if silent else logging.INFO if verbose else logging.WARNING
     logging.getLogger("mimco_deploy").setLevel(level)
+
+
+def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on stdout; where that is no terminal, wide enough that nothing is cut."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title in titles:
+        table.add_column(title)
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    Console(highlight=False, width=None if sys.stdout.isatty() else 200).print(table)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from mimco_deploy.bundle import MODEL_FILE, EncoderSpec, Golden, write_contract, write_golden
+from mimco_deploy.bundle import MODEL_FILES, EncoderSpec, Golden, Precision, write_contract, write_golden
 from mimco_deploy.drawings import KINDS, draw
 from mimco_deploy.serving.encoders import Encoder
 
@@ -29,8 +29,10 @@ def tiny_spec(fingerprint: str = "f" * 64) -> EncoderSpec:
         architecture="tiny_projection",
         image_size_px=SIDE,
         crop_share=1.0,
+        interpolation="bicubic",
         embedding_dim=DIM,
         pooling="mean",
+        patch_grid=0,
         fingerprint=fingerprint,
         licence="CC0-1.0",
         weights_source="drawn at random",
@@ -100,7 +102,7 @@ def tiny_bundle(
 ) -> Path:
     """Write a bundle that `load_encoder` accepts, unless told to write another graph or other golden embeddings."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / MODEL_FILE).write_bytes((graph or tiny_graph(seed)).SerializeToString())
+    (folder / MODEL_FILES["fp32"]).write_bytes((graph or tiny_graph(seed)).SerializeToString())
     images = golden_images()
     write_golden(folder, golden or Golden(images, tiny_embed(images, seed)))
     write_contract(folder, tiny_spec(fingerprint))
@@ -111,6 +113,7 @@ class CountingEncoder:
     """Embeds as the graph of `tiny_bundle` does and remembers how much it was asked."""
 
     provider = "NumPy"
+    precision: Precision = "fp32"
 
     def __init__(self, seed: int = 0, fingerprint: str = "f" * 64) -> None:
         self.spec = tiny_spec(fingerprint)

@@ -2,79 +2,289 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import torch
 
 from mimco_deploy.atomic import staged_dir
-from mimco_deploy.bundle import MODEL_FILE, PARITY_FILE, EncoderSpec, Golden, read_bundle, write_contract, write_golden
-from mimco_deploy.drawings import KINDS, draw
-from mimco_deploy.export.parity import ParityReport, check_parity
-from mimco_deploy.export.student import EncoderModule, fingerprint, weights_hash
+from mimco_deploy.bundle import (
+    CARD_FILE,
+    MODEL_FILES,
+    PARITY_FILE,
+    Bundle,
+    EncoderSpec,
+    Golden,
+    Precision,
+    read_bundle,
+    write_contract,
+    write_golden,
+)
+from mimco_deploy.bundle_archive import is_archive, pack
+from mimco_deploy.errors import BundleError, ParityError
+from mimco_deploy.export.card import bundle_licence, model_card
+from mimco_deploy.export.half import to_half
+from mimco_deploy.export.parity import (
+    ArtefactParity,
+    Pictures,
+    check_half_without_gpu,
+    check_parity,
+    read_parity,
+    write_parity,
+)
+from mimco_deploy.export.quantize import quantize
+from mimco_deploy.export.student import EncoderModule, Source, fingerprint
 from mimco_deploy.export.to_onnx import OPSET, convert
-from mimco_deploy.preprocess import preprocess
 from mimco_deploy.serving.encoders.onnx import OnnxEncoder
-from mimco_deploy.training.backbone import CROP_SHARE
-from mimco_deploy.training.checkpoint import Checkpoint, load_encoder
+from mimco_deploy.serving.sample import draw_pictures, sample_folder
+
+logger = logging.getLogger(__name__)
 
 GOLDEN_PICTURES = 8
+DRAWN_PICTURES = 64
+CHECK_PICTURES = 128
+CALIBRATION_PICTURES = 64
+_TIMED_BATCH, _TIMED_ROUNDS = 8, 5
 
 
-def export_encoder(checkpoint: Checkpoint, target: Path, licence: str) -> ParityReport:
-    """Turn a trained encoder into a bundle. A bundle that fails its proof does not appear; an older one stays.
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """What to make of the weights."""
+
+    precisions: Sequence[Precision] = ("fp32",)
+    """fp32 is always made: the others are made from it."""
+    image_size_px: int | None = None
+    """Side of the input; by default the one that the weights were trained at."""
+    with_patches: bool = False
+    """Whether patch tokens are a second output."""
+    check: Path | None = None
+    """Folder of pictures to prove neighbours on, and to calibrate int8 with; drawn ones by default."""
+    licence: str | None = None
+    """Of the weights, in words."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What came of an export."""
+
+    spec: EncoderSpec
+    artefacts: tuple[ArtefactParity, ...]
+    """The proofs of what is in the bundle."""
+    refused: tuple[ParityError, ...]
+    """Of precisions that were asked for and did not pass, and so are not in it."""
+
+    def document(self) -> dict[str, object]:
+        """For JSON."""
+        artefacts = [asdict(artefact) for artefact in self.artefacts]
+        return {
+            "licence": self.spec.licence,
+            "fingerprint": self.spec.fingerprint,
+            "artefacts": artefacts,
+            "refused": [str(error) for error in self.refused],
+        }
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """For people: column titles and rows."""
+        titles = ["graph", "max difference", "min cosine", "top-10 overlap", "pictures", "speed", "run by"]
+        rows = []
+        for proof in self.artefacts:
+            found, faster = proof.neighbours, proof.speed_against_fp32
+            overlap = "not measured" if found.overlap is None else f"{found.overlap:.3f}"
+            speed = "" if faster is None else f"{faster:.2f} × fp32"
+            pictures = f"{found.pictures} {'drawn' if proof.pictures_from == 'drawn' else 'of yours'}"
+            row = [MODEL_FILES[proof.precision], f"{proof.max_abs:.1e}", f"{proof.min_cosine:.6f}", overlap, pictures]
+            rows.append([*row, speed, proof.provider])
+        return titles, rows
+
+
+def export_encoder(source: Source, target: Path, options: ExportOptions | None = None) -> Exported:
+    """Turn trained weights into a bundle.
+
+    A graph that fails its proof does not ship; where that is the fp32 one, nothing does and an older bundle stays.
+    Other precisions that an older bundle of the same encoder holds are kept.
 
     Args:
-        checkpoint: of a stage-2 run, or of a stage-1 run to export the teacher.
-        target: the bundle's folder.
-        licence: of the weights, in words.
-
-    Returns:
-        The proof.
+        source: the weights.
+        target: the bundle's folder, or a `.zip` or `.tar` to write.
+        options: see there.
 
     Raises:
-        CheckpointError: the weights are missing or do not fit.
-        ParityError: the graph does not answer as torch does.
+        ConfigError: the architecture is not of that size, or cannot be exported; no pictures to check with.
+        ParityError: the fp32 graph does not answer as torch does.
     """
-    backbone, pooling = load_encoder(checkpoint)
-    module = EncoderModule(backbone, pooling)
-    config = checkpoint.config
-    size = config.backbone.image_size_px
-    golden = make_golden(module, size)
-    spec = EncoderSpec(
-        architecture=config.backbone.name,
-        image_size_px=size,
-        crop_share=CROP_SHARE,
+    options = options or ExportOptions()
+    if is_archive(target):
+        with tempfile.TemporaryDirectory() as folder:
+            exported = export_encoder(source, Path(folder) / "encoder", options)
+            pack(Path(folder) / "encoder", target)
+        return exported
+    if options.image_size_px is not None:
+        source.backbone.resize(options.image_size_px)
+    module = EncoderModule(source.backbone, source.pooling, with_patches=options.with_patches)
+    material = _Material.gather(module, options)
+    spec = _describe(module, source, options.licence, material.golden)
+    wanted = [precision for precision in MODEL_FILES if precision in options.precisions and precision != "fp32"]
+    with staged_dir(target) as staging:
+        model = convert(module)
+        (staging / MODEL_FILES["fp32"]).write_bytes(model.SerializeToString())
+        write_golden(staging, material.golden)
+        write_contract(staging, spec)
+        bundle = read_bundle(staging)
+        fp32 = OnnxEncoder(bundle, "fp32")
+        artefacts = [check_parity(fp32, material.golden, material.pictures)]
+        refused = []
+        for precision in wanted:
+            try:
+                artefacts.append(_add(precision, model, fp32, bundle, material))
+            except ParityError as error:
+                (staging / MODEL_FILES[precision]).unlink(missing_ok=True)
+                refused.append(error)
+        defaults = _keep_others(target, staging, spec, artefacts)
+        write_parity(staging / PARITY_FILE, artefacts)
+        (staging / CARD_FILE).write_text(model_card(spec, source, artefacts), encoding="utf-8")
+        write_contract(staging, spec, defaults)
+    return Exported(spec, tuple(artefacts), tuple(refused))
+
+
+@dataclass(frozen=True)
+class _Material:
+    """Pictures with what torch makes of them."""
+
+    golden: Golden
+    pictures: Pictures
+    calibration: npt.NDArray[np.uint8] | None
+
+    @classmethod
+    def gather(cls, module: EncoderModule, options: ExportOptions) -> _Material:
+        config, geometry = module.backbone.config, module.backbone.geometry
+        side = config.image_size_px
+        golden = draw_pictures(GOLDEN_PICTURES, side, *geometry)  # drawn: no picture of the user's leaves in the bundle
+        calibration = None
+        if options.check is None:
+            origin, pictures = "drawn", draw_pictures(DRAWN_PICTURES, side, *geometry, seed=0)
+        else:
+            sample = sample_folder(options.check, CHECK_PICTURES + CALIBRATION_PICTURES, side, *geometry)
+            kept = min(CALIBRATION_PICTURES, len(sample) // 3) if "int8" in options.precisions else 0
+            origin, pictures = "folder", sample[kept:][:CHECK_PICTURES]  # never those it was calibrated on
+            calibration = sample[:kept] if kept else None
+        return cls(
+            Golden(golden, _embed(module, golden)), Pictures(origin, pictures, _embed(module, pictures)), calibration
+        )
+
+
+def _embed(module: EncoderModule, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    with torch.inference_mode():
+        batches = [module(torch.from_numpy(images[start : start + 8])) for start in range(0, len(images), 8)]
+    return np.concatenate([(batch[0] if module.with_patches else batch).numpy() for batch in batches])
+
+
+def _describe(module: EncoderModule, source: Source, licence: str | None, golden: Golden) -> EncoderSpec:
+    config, geometry = module.backbone.config, module.backbone.geometry
+    return EncoderSpec(
+        architecture=config.name,
+        image_size_px=config.image_size_px,
+        crop_share=geometry.crop_share,
+        interpolation=geometry.interpolation,
         embedding_dim=golden.embeddings.shape[1],
-        pooling=pooling,
+        pooling=source.pooling,
+        patch_grid=module.backbone.grid if module.with_patches else 0,
         fingerprint=fingerprint(module),
-        licence=licence,
-        weights_source=f"mimco {checkpoint.stage}, step {checkpoint.step} of {checkpoint.total_steps}",
-        teacher_source=_teacher_source(checkpoint),
+        licence=bundle_licence(source, licence),
+        weights_source=source.weights,
+        teacher_source=source.teacher,
         opset=OPSET,
     )
-    with staged_dir(target) as staging:
-        convert(module, size, staging / MODEL_FILE)
-        write_golden(staging, golden)
-        write_contract(staging, spec)
-        report = check_parity(OnnxEncoder(read_bundle(staging)), golden)
-        report.write(staging / PARITY_FILE)
-        write_contract(staging, spec)
-    return report
 
 
-def _teacher_source(checkpoint: Checkpoint) -> str:
-    """The teacher by its weights: a path would mean nothing where the bundle goes."""
-    prefix = "teacher."
-    state = {key: value for key, value in checkpoint.load_model().items() if key.startswith(prefix)}
-    return f"weights with SHA-256 {weights_hash(state)}" if state else "none"
+def _add(
+    precision: Precision, model: onnx.ModelProto, fp32: OnnxEncoder, bundle: Bundle, material: _Material
+) -> ArtefactParity:
+    """Make the graph of another precision, in the folder of the unfinished bundle, and prove it.
+
+    Raises:
+        ParityError: it does not pass; or it is int8, and not faster than fp32.
+    """
+    if precision == "int8":
+        return _add_int8(fp32, bundle, material)
+    assert precision != "fp32", "which is what the others are made from"
+    grown = dataclasses.replace(bundle, precisions=("fp32", precision))
+    grown.model(precision).write_bytes(to_half(model, precision).SerializeToString())
+    if fp32.provider == "CPUExecutionProvider":
+        return check_half_without_gpu(grown, precision, material.golden, material.pictures)
+    return check_parity(OnnxEncoder(grown, precision), material.golden, material.pictures)
 
 
-def make_golden(module: EncoderModule, image_size_px: int) -> Golden:
-    """Draw the golden pictures, so that no picture of the user's leaves with the bundle, and embed them with torch."""
-    pictures = (draw(kind, seed=2209, size_px=2 * image_size_px) for kind in KINDS[:GOLDEN_PICTURES])
-    images: npt.NDArray[np.uint8] = np.stack([preprocess(picture, image_size_px, CROP_SHARE) for picture in pictures])
-    with torch.inference_mode():
-        embeddings = module(torch.from_numpy(images)).numpy()
-    return Golden(images, embeddings)
+def _add_int8(fp32: OnnxEncoder, bundle: Bundle, material: _Material) -> ArtefactParity:
+    """The fastest of the ways that pass."""
+    passed: list[tuple[float, Path, ArtefactParity]] = []
+    failures = []
+    with tempfile.TemporaryDirectory() as folder:
+        for calibration in (None,) if material.calibration is None else (None, material.calibration):
+            place = Path(tempfile.mkdtemp(dir=folder))
+            candidate = dataclasses.replace(bundle, path=place, precisions=("int8",))
+            way = quantize(bundle.model("fp32"), candidate.model("int8"), calibration)
+            if way is None:
+                failures.append("dynamic: the graph has nothing to quantise without calibration")
+                continue
+            encoder = OnnxEncoder(candidate, "int8")
+            speed = _speed_ratio(encoder, fp32, material.pictures.images[:_TIMED_BATCH])
+            try:
+                report = check_parity(encoder, material.golden, material.pictures)
+            except ParityError as error:
+                failures.append(f"{way}, {speed:.2f} times as fast as fp32: {error.found}")
+                continue
+            logger.info(
+                "int8, %s: %.2f times as fast as fp32, top-10 overlap %s", way, speed, report.neighbours.overlap
+            )
+            if speed > 1.0:
+                passed.append((speed, candidate.model("int8"), report))
+            else:
+                failures.append(f"{way}: {speed:.2f} times as fast as fp32, top-10 overlap {report.neighbours.overlap}")
+        if not passed:
+            raise ParityError(f"int8 is not worth it: {'; '.join(failures)}", expected="faster than fp32, and as good")
+        speed, model, report = max(passed, key=lambda way: way[0])
+        shutil.copyfile(model, bundle.path / MODEL_FILES["int8"])
+    return dataclasses.replace(report, speed_against_fp32=speed)
+
+
+def _speed_ratio(encoder: OnnxEncoder, reference: OnnxEncoder, images: npt.NDArray[np.uint8]) -> float:
+    """Time of the reference over that of the encoder, medians of rounds in turn."""
+    seconds: dict[OnnxEncoder, list[float]] = {encoder: [], reference: []}
+    for timed in seconds:
+        timed.embed(images)
+    for _ in range(_TIMED_ROUNDS):
+        for timed, found in seconds.items():
+            start = time.perf_counter()
+            timed.embed(images)
+            found.append(time.perf_counter() - start)
+    return statistics.median(seconds[reference]) / statistics.median(seconds[encoder])
+
+
+def _keep_others(
+    target: Path, staging: Path, spec: EncoderSpec, artefacts: list[ArtefactParity]
+) -> dict[str, Precision]:
+    """Take over what an older bundle of the same encoder has in other precisions; the defaults that still hold."""
+    try:
+        old = read_bundle(target)
+        proofs = {proof.precision: proof for proof in read_parity(old.path / PARITY_FILE)}
+    except (BundleError, OSError):
+        return {}
+    if old.spec != spec:
+        return {}
+    made = {artefact.precision for artefact in artefacts}
+    for precision in old.precisions:
+        if precision not in made and precision in proofs:
+            shutil.copyfile(old.model(precision), staging / MODEL_FILES[precision])
+            artefacts.append(proofs[precision])
+    there = {artefact.precision for artefact in artefacts}
+    return {device: precision for device, precision in old.defaults.items() if precision in there}

@@ -1,18 +1,23 @@
-"""From a checkpoint to an eval module that takes pixels and gives embeddings: everything that the graph will hold."""
+"""From weights to an eval module that takes pixels and gives embeddings: everything that the graph will hold."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mimco_deploy.errors import CheckpointError
 from mimco_deploy.training.augment import ToInput
-from mimco_deploy.training.backbone import CROP_SHARE, Backbone
+from mimco_deploy.training.backbone import Backbone
+from mimco_deploy.training.checkpoint import Checkpoint, is_checkpoint, load_encoder
+from mimco_deploy.training.method_config import Pooling
+from mimco_deploy.training.published import load_teacher
 
 
 class EncoderModule(nn.Module):
@@ -21,25 +26,80 @@ class EncoderModule(nn.Module):
     Args:
         backbone: trained.
         pooling: `mean` or `cls`, as its loss trained it.
+        with_patches: whether the patch tokens are a second output.
     """
 
-    def __init__(self, backbone: Backbone, pooling: str) -> None:
+    def __init__(self, backbone: Backbone, pooling: str, *, with_patches: bool = False) -> None:
         super().__init__()
         self.backbone = backbone.float()
         self.to_input = ToInput(backbone.config)
         self.pooling = pooling
+        self.with_patches = with_patches
         self.requires_grad_(False).eval()
 
-    def forward(self, image: Tensor) -> Tensor:
-        """uint8 [batch, H, W, 3] → float32 [batch, D], L2-normalised."""
-        features = self.backbone(self.to_input(image.permute(0, 3, 1, 2)))
-        return F.normalize(features.pooled(self.pooling), dim=1)
+    def forward(self, image: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """uint8 [B, H, W, 3] → float32 [B, D], L2-normalised; with patches also float32 [B, L, width]."""
+        pixels = image.float().permute(0, 3, 1, 2)  # TensorRT moves no bytes: float first
+        features = self.backbone(self.to_input(pixels))
+        embedding = F.normalize(features.pooled(self.pooling), dim=1)
+        return (embedding, features.patches) if self.with_patches else embedding
+
+
+@dataclass(frozen=True)
+class Source:
+    """Trained weights, and what is known of them."""
+
+    backbone: Backbone
+    pooling: Pooling
+    weights: str
+    """Where they come from, in words that mean something elsewhere: no path."""
+    teacher: str = "none"
+    """Where the teacher behind them comes from."""
+    recipe: Mapping[str, str] | None = None
+    """How they were trained, for the model card."""
+
+
+def from_checkpoint(checkpoint: Checkpoint) -> Source:
+    """The encoder of a run.
+
+    Raises:
+        CheckpointError: the weights are missing or do not fit.
+    """
+    backbone, pooling = load_encoder(checkpoint)
+    config = checkpoint.config
+    run, optim = config.run, config.optim
+    recipe = {
+        "Method": f"{config.method.name} ({checkpoint.stage})",
+        "Trained": f"{checkpoint.step} of {checkpoint.total_steps} optimiser steps of {run.global_batch_size} images; "
+        f"{run.epochs} epochs were planned",
+        "Optimiser": f"AdamW, base lr {optim.base_lr:g} for 256 images, weight decay {optim.weight_decay:g}",
+        "Data": f"unlabelled pictures of the one who trained it; fingerprint of the corpus {checkpoint.corpus[:16]}",
+    }
+    weights = f"mimco {checkpoint.stage}, step {checkpoint.step} of {checkpoint.total_steps}"
+    return Source(backbone, pooling, weights, _teacher_of(checkpoint), recipe)
+
+
+def from_model(name: str) -> Source:
+    """A model that others trained, or a checkpoint by its folder.
+
+    Args:
+        name: `timm/NAME`, a folder that timm wrote, a file of published weights; see `load_teacher`.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be loaded in full.
+    """
+    path = Path(name)
+    if is_checkpoint(path):
+        raise CheckpointError(f"{name} is a checkpoint of mimco's", expected=f"--checkpoint {name}")
+    backbone, pooling = load_teacher(name, to_train=False)
+    return Source(backbone, pooling, path.resolve().name if path.exists() else name)
 
 
 def fingerprint(module: EncoderModule) -> str:
     """SHA-256 over all that decides an embedding: weights, architecture, pooling and geometry."""
-    contract = {**asdict(module.backbone.config), "crop_share": CROP_SHARE, "pooling": module.pooling}
-    weights = weights_hash(module.backbone.state_dict())
+    backbone = module.backbone
+    contract = {**asdict(backbone.config), **backbone.geometry._asdict(), "pooling": module.pooling}
+    weights = weights_hash(backbone.state_dict())
     return hashlib.sha256(f"{json.dumps(contract, sort_keys=True)}\n{weights}".encode()).hexdigest()
 
 
@@ -50,3 +110,12 @@ def weights_hash(state: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _teacher_of(checkpoint: Checkpoint) -> str:
+    """The teacher by its weights: a path would mean nothing where the bundle goes."""
+    prefix = "teacher."
+    state = {key: value for key, value in checkpoint.load_model().items() if key.startswith(prefix)}
+    if not state or checkpoint.teacher is None:
+        return "none"
+    return f"{checkpoint.teacher.backbone.name}, weights with SHA-256 {weights_hash(state)}"

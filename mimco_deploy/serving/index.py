@@ -175,7 +175,8 @@ def search_image(index: ImageIndex, encoder: Encoder, path: Path, k: int) -> lis
     """
     with _open_catalog(index.path) as (_, catalog):
         check_encoder(index.path, catalog, encoder.spec.fingerprint)
-    pixels = preprocess(read_image(path), encoder.spec.image_size_px, encoder.spec.crop_share)
+    spec = encoder.spec
+    pixels = preprocess(read_image(path), spec.image_size_px, spec.crop_share, spec.interpolation)
     return index.search(encoder.embed(pixels[np.newaxis])[0], k)
 
 

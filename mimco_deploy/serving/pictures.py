@@ -119,7 +119,8 @@ def _read(job: Job, spec: EncoderSpec, known: frozenset[bytes]) -> Outcome:
         sha256 = hashlib.sha256(content).digest()
         if sha256 in known:
             return Picture(job, stamp, sha256, None)
-        pixels = preprocess(decode_image(content, str(path)), spec.image_size_px, spec.crop_share)
+        picture = decode_image(content, str(path))
+        pixels = preprocess(picture, spec.image_size_px, spec.crop_share, spec.interpolation)
         return Picture(job, stamp, sha256, pixels)
     except ImageError as error:
         return Refused(job, stamp, error.problem, error.found)

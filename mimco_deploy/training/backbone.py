@@ -24,11 +24,23 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mimco_deploy.errors import ConfigError
+from mimco_deploy.preprocess import Interpolation
 from mimco_deploy.training.config import BackboneConfig
 from mimco_deploy.training.vit import init_as_mocov3
 
 CROP_SHARE = 0.875
 """Eval-time geometry: the centre crop's side over the resized short side, ImageNet's convention (224 of 256)."""
+
+
+UNSTATED = "unstated"
+"""Licence of weights of which nobody said one."""
+
+
+class Geometry(NamedTuple):
+    """How pictures become the square that a backbone was trained to see; see `preprocess`."""
+
+    crop_share: float = CROP_SHARE
+    interpolation: Interpolation = "bicubic"
 
 
 class Features(NamedTuple):
@@ -50,15 +62,19 @@ class Backbone(nn.Module):
     Args:
         config: architecture and sizes.
         frozen_patch_embed: keep the patch embedding as the random projection it starts as (MoCo v3, section 4.2).
+        body: the model itself where it is built already, with its weights.
 
     Raises:
         ConfigError: timm does not know the architecture or cannot build it so, or its patches do not tile the image.
     """
 
-    def __init__(self, config: BackboneConfig, *, frozen_patch_embed: bool = False) -> None:
+    def __init__(
+        self, config: BackboneConfig, *, frozen_patch_embed: bool = False, body: nn.Module | None = None
+    ) -> None:
         super().__init__()
-        model: Any = _create(config)
-        if type(model) is VisionTransformer and model.num_prefix_tokens == 1 and not model.no_embed_class:
+        model: Any = body or _create(config)
+        plain = type(model) is VisionTransformer and model.num_prefix_tokens == 1 and not model.no_embed_class
+        if body is None and plain:
             init_as_mocov3(model)
         self.config = config
         self.body = model
@@ -67,6 +83,9 @@ class Backbone(nn.Module):
         self.own_width: int = model.head_hidden_size if config.global_pool else self.width
         self.stride_px: int = model.feature_info[-1]["reduction"]
         """Pixels along the side of an output token: a patch in a ViT, several of them in a Swin."""
+        self.geometry = Geometry()
+        self.licence = UNSTATED
+        """Of the weights, where those who published them, or the teacher behind them, said so."""
         self._check_size(config.image_size_px)
         if frozen_patch_embed:
             self.body.patch_embed.requires_grad_(False)
@@ -273,11 +292,11 @@ def save_as_timm(backbone: Backbone, folder: Path) -> None:
     """
     ours = {
         "tag": "",
-        "license": "unstated",
+        "license": backbone.licence,
         "mean": backbone.config.mean,
         "std": backbone.config.std,
-        "crop_pct": CROP_SHARE,
-        "interpolation": "bicubic",
+        "crop_pct": backbone.geometry.crop_share,
+        "interpolation": backbone.geometry.interpolation,
     }
     save_for_hf(
         backbone.body,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from mimco_deploy.atomic import current_dir, staged_dir
 from mimco_deploy.errors import CheckpointError
-from mimco_deploy.training.backbone import Backbone, save_as_timm
+from mimco_deploy.training.backbone import UNSTATED, Backbone, save_as_timm
 from mimco_deploy.training.config import BackboneConfig, Stage1Config, Stage2Config
 from mimco_deploy.training.method_config import JointConfig, MoBYConfig, MoCoV3Config, Pooling
 from mimco_deploy.training.settings import from_document, to_document
@@ -30,7 +31,8 @@ from mimco_deploy.training.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+_WITHOUT_LICENCE = 2
 STAGES: dict[str, type[Stage1Config] | type[Stage2Config]] = {"stage1": Stage1Config, "stage2": Stage2Config}
 
 
@@ -45,6 +47,8 @@ class TeacherSpec:
 
     backbone: BackboneConfig
     pooling: Pooling
+    licence: str
+    """Of its weights."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,10 @@ def save_checkpoint(
         state: `step`, `total_steps` and `corpus` of `Checkpoint`.
     """
     teacher = getattr(method, "teacher", None)
-    spec = TeacherSpec(backbone=teacher.built_as, pooling=teacher.pooling) if isinstance(teacher, Teacher) else None
+    spec = None
+    if isinstance(teacher, Teacher):
+        licence = teacher.backbone.licence
+        spec = TeacherSpec(backbone=teacher.built_as, pooling=teacher.pooling, licence=licence)
     document = {
         "format_version": FORMAT_VERSION,
         "stage": stage_name(config),
@@ -134,7 +141,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         version, stage = document.pop("format_version"), document.pop("stage")
-        if version != FORMAT_VERSION:
+        if version not in (_WITHOUT_LICENCE, FORMAT_VERSION):
             raise CheckpointError(
                 f"{path} has format version {version}",
                 expected=str(FORMAT_VERSION),
@@ -142,6 +149,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             )
         config = from_document(STAGES[stage], document.pop("config"))
         told = document.pop("teacher")
+        if told and version == _WITHOUT_LICENCE:
+            told["licence"] = UNSTATED
         teacher = from_document(TeacherSpec, told) if told else None
         return Checkpoint(folder, stage, config=config, teacher=teacher, **document)
     except OSError as error:
@@ -173,6 +182,8 @@ def load_encoder(checkpoint: Checkpoint) -> tuple[Backbone, Pooling]:
         key.removeprefix(prefix): value for key, value in checkpoint.load_model().items() if key.startswith(prefix)
     }
     load_strictly(backbone, state, checkpoint.path)
+    if checkpoint.teacher is not None:
+        backbone.licence = checkpoint.teacher.licence  # what was learnt from it, or started as it
     method = checkpoint.config.method
     if isinstance(method, MoCoV3Config | MoBYConfig | JointConfig):  # their losses train the model's own vector
         return backbone, backbone.own_pooling
@@ -188,4 +199,5 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], source: Path) -> 
     try:
         module.load_state_dict(state, strict=True)
     except RuntimeError as error:
-        raise CheckpointError(f"{source}: {' '.join(str(error).split())}", expected="weights that fit") from error
+        reason = textwrap.shorten(str(error), 600, placeholder=" …")  # a line for each key
+        raise CheckpointError(f"{source}: {reason}", expected="weights that fit") from error

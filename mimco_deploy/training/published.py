@@ -7,8 +7,10 @@ decoder or a queue; any other is an error that lists it.
 
 from __future__ import annotations
 
+import logging
 import math
 import re
+import typing
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,10 +26,13 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from mimco_deploy.errors import CheckpointError, ConfigError
-from mimco_deploy.training.backbone import Backbone
+from mimco_deploy.preprocess import Interpolation
+from mimco_deploy.training.backbone import CROP_SHARE, UNSTATED, Backbone, Geometry
 from mimco_deploy.training.checkpoint import is_checkpoint, load_encoder, load_strictly, read_checkpoint
 from mimco_deploy.training.config import BackboneConfig
 from mimco_deploy.training.method_config import Pooling
+
+logger = logging.getLogger(__name__)
 
 State = dict[str, Tensor]
 
@@ -47,6 +52,8 @@ class _Layout:
     """Of the encoder's keys."""
     dropped: str
     """Pattern of the keys that are no part of the encoder: heads, decoders, momentum copies, queues."""
+    licence: str
+    """Of the weights that the project published, as its repository states it."""
     heads: dict[int, int] = field(default_factory=lambda: _HEADS)
 
 
@@ -55,24 +62,28 @@ _LAYOUTS = (
         "MoCo v3",
         "module.base_encoder.",
         r"module\.(base_encoder\.head\.|momentum_encoder\.|predictor\.)",
+        "CC-BY-NC-4.0",
         _MOCOV3_HEADS,
     ),
     _Layout(
         "MoBY or SimMIM",
         "encoder.",
         r"encoder_k\.|projector(_k)?\.|predictor\.|queue(1|2|_ptr)$|decoder\.|encoder\.(head\.|mask_token$)",
+        "MIT",
     ),
-    _Layout("DINO", "backbone.", r"head\.|backbone\.head\."),
-    _Layout("DINO, MAE or DeiT", "", r"head\.|mask_token$|decoder_"),
+    _Layout("DINO", "backbone.", r"head\.|backbone\.head\.", "Apache-2.0"),
+    # Of MAE's encoder alone nothing tells that it is not DINO's or DeiT's, which are under Apache-2.0: the stricter.
+    _Layout("DINO, MAE or DeiT", "", r"head\.|mask_token$|decoder_", "CC-BY-NC-4.0 if it is MAE's"),
 )
 
 
-def load_teacher(source: str) -> tuple[Backbone, Pooling]:
-    """A teacher from anywhere.
+def load_teacher(source: str, *, to_train: bool = True) -> tuple[Backbone, Pooling]:
+    """A teacher from anywhere, or an encoder to export.
 
     Args:
         source: a checkpoint folder of mimco's, a file of published weights, a folder that timm wrote, or `timm/NAME`
-            for a model of timm's hub.
+            for a model of timm's, by its name or by its place on the hub, as in `timm/hf-hub:user/name`.
+        to_train: whether a resumed run must be able to build it again from its config, which some models refuse.
 
     Returns:
         The backbone, and how it was trained to give one vector an image: `cls` or `mean`.
@@ -82,11 +93,11 @@ def load_teacher(source: str) -> tuple[Backbone, Pooling]:
     """
     path = Path(source)
     if source.startswith("timm/") and not path.exists():
-        backbone = load_from_timm(source.removeprefix("timm/"))
+        backbone = load_from_timm(source.removeprefix("timm/"), to_train=to_train)
     elif is_checkpoint(path):
         return load_encoder(read_checkpoint(path))
     elif path.is_dir():
-        backbone = load_from_timm(f"local-dir:{path}")
+        backbone = load_from_timm(f"local-dir:{path}", to_train=to_train)
     else:
         backbone = load_published(path)
     return backbone, backbone.own_pooling
@@ -122,14 +133,16 @@ def load_published(path: Path) -> Backbone:
     if config.name.startswith("swin"):
         encoder = _as_timms_swin(encoder)
     load_strictly(backbone.body, encoder, path)
+    backbone.licence = layout.licence
     return backbone
 
 
-def load_from_timm(name: str) -> Backbone:
+def load_from_timm(name: str, *, to_train: bool = True) -> Backbone:
     """A model with weights from timm: by its name on the hub, or from a folder that timm wrote.
 
     Args:
         name: such as `vit_small_patch16_224.dino`, or `local-dir:FOLDER`.
+        to_train: see `load_teacher`.
 
     Returns:
         The backbone, which pools and normalises as timm says.
@@ -145,11 +158,24 @@ def load_from_timm(name: str) -> Backbone:
             f"timm cannot load {name}: {reason}", expected="a model of timm whose weights can be reached"
         ) from error
     try:
-        backbone = Backbone(_describe(body))
+        backbone = Backbone(_describe(body), body=None if to_train else body)
     except ConfigError as error:
         raise CheckpointError(f"{name} of timm: {error}", expected="a model that mimco can build again") from error
-    load_strictly(backbone.body, body.state_dict(), Path(name))  # so that a resumed run can build it from the config
+    if to_train:
+        load_strictly(backbone.body, body.state_dict(), Path(name))
+    backbone.licence = body.pretrained_cfg.get("license") or UNSTATED
+    backbone.geometry = _geometry(name, body.pretrained_cfg)
     return backbone
+
+
+def _geometry(name: str, cfg: dict[str, Any]) -> Geometry:
+    """How timm prepares pictures for a model."""
+    mode = cfg.get("crop_mode") or "center"
+    interpolation: Any = cfg.get("interpolation") or "bicubic"
+    if mode != "center" or interpolation not in typing.get_args(Interpolation):
+        logger.warning("timm shows %s pictures %s and %s; mimco centre crops, bicubic", name, mode, interpolation)
+        return Geometry(cfg.get("crop_pct") or CROP_SHARE)
+    return Geometry(cfg.get("crop_pct") or CROP_SHARE, interpolation)
 
 
 class _Inert:

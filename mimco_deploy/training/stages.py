@@ -147,7 +147,9 @@ def _teacher(config: Stage2Config, resume: Checkpoint | None) -> tuple[Backbone,
         return load_teacher(config.teacher)
     if resume.teacher is None:
         raise CheckpointError(f"{resume.path} tells of no teacher", expected="a checkpoint of a run with one")
-    return Backbone(resume.teacher.backbone), resume.teacher.pooling
+    backbone = Backbone(resume.teacher.backbone)
+    backbone.licence = resume.teacher.licence
+    return backbone, resume.teacher.pooling
 
 
 def _prepare_folder(folder: Path, resume: Checkpoint | None) -> None:

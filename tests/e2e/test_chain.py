@@ -16,8 +16,9 @@ def test_every_step_leaves_its_artefact(chain: Chain) -> None:
     workspace = chain.home / ".mimco"
     assert Path(stage1["checkpoint"]) == workspace / "stage1/last"
     assert stage1["step"] == stage2["step"] == 6
-    assert export["parity"]["passed"] is True
-    assert {batch["batch_size"] for batch in export["parity"]["batches"]} == {1, 2, 5}
+    (proof,) = export["artefacts"]
+    assert (proof["precision"], export["refused"]) == ("fp32", [])
+    assert {batch["batch_size"] for batch in proof["batches"]} == {1, 2, 5}
     assert (index["added"], index["embedded"], index["problems"]) == (len(chain.pictures), len(chain.pictures), [])
     spec = json.loads((workspace / "encoder/encoder.json").read_text(encoding="utf-8"))
     assert spec["licence"] == "CC0-1.0"
@@ -34,7 +35,7 @@ def test_a_swin_goes_the_same_way_by_moby_and_mimco(chain: Chain, tmp_path: Path
     mimco(tmp_path, "train", "stage1", "--data", images, "--preset", "swin_tiny", *small, *backbone)
     fit = ("--set", "run.accumulate=1", "--set", "mask.mask_patch_size_px=8")
     mimco(tmp_path, "train", "stage2", *small, *fit)
-    assert mimco(tmp_path, "export", "--format", "onnx", "--json").json()["parity"]["passed"] is True
+    assert mimco(tmp_path, "export", "--format", "onnx", "--json").json()["refused"] == []
     mimco(tmp_path, "index", images)
     wanted = chain.pictures[5]
     assert mimco(tmp_path, "search", wanted, "-k", "1", "--json").json()["hits"][0]["path"] == str(wanted)

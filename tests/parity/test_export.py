@@ -11,16 +11,16 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from mimco_deploy.bundle import MODEL_FILE, Bundle, read_bundle, write_contract
+from mimco_deploy.bundle import MODEL_FILES, Bundle, read_bundle, write_contract
 from mimco_deploy.errors import BundleError, CheckpointError, MimcoError, ParityError
 from mimco_deploy.export import pipeline, student
-from mimco_deploy.export.parity import check_parity
+from mimco_deploy.export.parity import Pictures, check_parity, read_parity
 from mimco_deploy.export.pipeline import export_encoder
-from mimco_deploy.export.student import EncoderModule
+from mimco_deploy.export.student import EncoderModule, from_checkpoint
 from mimco_deploy.export.to_onnx import convert
 from mimco_deploy.serving.encoders import load_encoder
 from mimco_deploy.serving.encoders.onnx import OnnxEncoder
-from mimco_deploy.training.backbone import Backbone
+from mimco_deploy.training.backbone import Backbone, Geometry
 from mimco_deploy.training.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
 from mimco_deploy.training.checkpoint import load_encoder as load_trained
 from mimco_deploy.training.config import BackboneConfig, OptimConfig, RunConfig, Stage1Config, Stage2Config
@@ -54,17 +54,16 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 @pytest.fixture
 def bundle(checkpoint: Checkpoint, tmp_path: Path) -> Bundle:
-    export_encoder(checkpoint, tmp_path / "encoder", "CC0-1.0")
+    export_encoder(from_checkpoint(checkpoint), tmp_path / "encoder")
     return read_bundle(tmp_path / "encoder")
 
 
 def test_report_covers_the_batch_sizes_and_is_written(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    report = export_encoder(checkpoint, tmp_path / "encoder", "CC0-1.0")
-    assert report.passed
-    assert [batch.batch_size for batch in report.batches] == [1, 2, 5]
-    written = json.loads((tmp_path / "encoder/parity.json").read_text(encoding="utf-8"))
-    assert written["passed"] is True
-    assert written["batches"][2]["max_abs"] == report.batches[2].max_abs < 1e-5
+    (proof,) = export_encoder(from_checkpoint(checkpoint), tmp_path / "encoder").artefacts
+    assert [batch.batch_size for batch in proof.batches] == [1, 2, 5]
+    assert (proof.pictures_from, proof.neighbours.pictures) == ("drawn", 64)
+    assert proof.max_abs < 1e-5
+    assert read_parity(tmp_path / "encoder/parity.json") == (proof,)
 
 
 def test_any_batch_size_gives_what_torch_gives(checkpoint: Checkpoint, bundle: Bundle) -> None:
@@ -81,22 +80,21 @@ def test_any_batch_size_gives_what_torch_gives(checkpoint: Checkpoint, bundle: B
 
 def test_a_stage1_run_exports_its_teacher_by_the_cls_token(tmp_path: Path) -> None:
     config = Stage1Config(backbone=BACKBONE, run=RunConfig(epochs=1, global_batch_size=2), optim=OPTIM)
-    export_encoder(untrained(tmp_path / "last", config), tmp_path / "encoder", "CC0-1.0")
+    export_encoder(from_checkpoint(untrained(tmp_path / "last", config)), tmp_path / "encoder")
     assert read_bundle(tmp_path / "encoder").spec.pooling == "cls"
 
 
-def test_fingerprint_follows_weights_pooling_and_geometry(
-    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fingerprint_follows_weights_pooling_and_geometry(checkpoint: Checkpoint) -> None:
     backbone, _ = load_trained(checkpoint)
     prints = {student.fingerprint(EncoderModule(backbone, pooling)) for pooling in ("mean", "cls")}
-    monkeypatch.setattr(student, "CROP_SHARE", 1.0)
-    prints.add(student.fingerprint(EncoderModule(backbone, "mean")))
-    monkeypatch.undo()
+    for geometry in (Geometry(1.0), Geometry(interpolation="bilinear")):
+        backbone.geometry = geometry
+        prints.add(student.fingerprint(EncoderModule(backbone, "mean")))
+    backbone.geometry = Geometry()
     with torch.no_grad():
         backbone.body.cls_token += 1e-3
     prints.add(student.fingerprint(EncoderModule(backbone, "mean")))
-    assert len(prints) == 4
+    assert len(prints) == 5
 
 
 def changed_weight(model: onnx.ModelProto) -> None:
@@ -127,16 +125,17 @@ def dropped_l2(model: onnx.ModelProto) -> None:
 @pytest.mark.parametrize("damage", [changed_weight, swapped_normalisation, dropped_l2])
 def test_a_damaged_graph_is_refused_at_export_and_at_load(bundle: Bundle, damage: object) -> None:
     assert callable(damage)
-    model = onnx.load(bundle.model)
+    model = onnx.load(bundle.model("fp32"))
     damage(model)
-    (bundle.path / MODEL_FILE).write_bytes(model.SerializeToString())
+    (bundle.path / MODEL_FILES["fp32"]).write_bytes(model.SerializeToString())
     with pytest.raises(BundleError, match="SHA-256"):
         load_encoder(bundle.path)
 
     write_contract(bundle.path, bundle.spec)  # as if the exporter itself had been wrong: the hashes agree
     damaged = OnnxEncoder(read_bundle(bundle.path))
-    with pytest.raises(ParityError, match="differs from torch"):
-        check_parity(damaged, bundle.golden)
+    pictures = Pictures("drawn", bundle.golden.images, bundle.golden.embeddings)
+    with pytest.raises(ParityError, match="not what torch computes"):
+        check_parity(damaged, bundle.golden, pictures)
     with pytest.raises(BundleError, match="golden"):
         load_encoder(bundle.path)
 
@@ -146,13 +145,12 @@ def test_an_export_that_fails_its_proof_leaves_the_old_bundle(
 ) -> None:
     before = (bundle.path / "encoder.json").read_bytes()
 
-    def wrong(module: EncoderModule, size: int, path: Path) -> None:
-        other = EncoderModule(module.backbone, "cls")  # another pooling than the golden embeddings have
-        convert(other, size, path)
+    def wrong(module: EncoderModule) -> onnx.ModelProto:
+        return convert(EncoderModule(module.backbone, "cls"))  # another pooling than the golden embeddings have
 
     monkeypatch.setattr(pipeline, "convert", wrong)
-    with pytest.raises(MimcoError, match="differs from torch"):
-        export_encoder(checkpoint, bundle.path, "CC0-1.0")
+    with pytest.raises(MimcoError, match="not what torch computes"):
+        export_encoder(from_checkpoint(checkpoint), bundle.path)
     assert (bundle.path / "encoder.json").read_bytes() == before
     assert load_encoder(bundle.path).spec == bundle.spec
     assert sorted(path.name for path in bundle.path.parent.iterdir()) == [bundle.path.name]
@@ -166,5 +164,5 @@ def test_weights_that_do_not_fit_are_refused_by_name(checkpoint: Checkpoint, tmp
     (other / "config.json").write_text(json.dumps(document), encoding="utf-8")
     (other / "model.safetensors").write_bytes((checkpoint.path / "model.safetensors").read_bytes())
     with pytest.raises(CheckpointError, match=r"blocks\.2"):
-        export_encoder(read_checkpoint(other), tmp_path / "encoder", "CC0-1.0")
+        export_encoder(from_checkpoint(read_checkpoint(other)), tmp_path / "encoder")
     assert not (tmp_path / "encoder").exists()

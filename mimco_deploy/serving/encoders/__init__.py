@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from mimco_deploy.bundle import EncoderSpec, read_bundle
+from mimco_deploy.bundle import EncoderSpec, Precision, read_bundle
+
+Device = Literal["auto", "cpu", "cuda", "tensorrt"]
 
 
 class Encoder(Protocol):
@@ -24,6 +26,11 @@ class Encoder(Protocol):
         """What really runs the graph, as the runtime reports it."""
         ...
 
+    @property
+    def precision(self) -> Precision:
+        """Of the graph that runs."""
+        ...
+
     def embed(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """Embed pictures.
 
@@ -36,18 +43,28 @@ class Encoder(Protocol):
         ...
 
 
-def load_encoder(path: Path) -> Encoder:
+def load_encoder(
+    path: Path, device: Device = "auto", *, strict: bool = False, precision: Precision | None = None
+) -> Encoder:
     """Load the encoder of a bundle and let it prove itself on the bundle's golden pictures.
 
     Args:
-        path: the bundle, `encoder/` of a workspace.
+        path: the bundle, `encoder/` of a workspace, or a `.zip` or `.tar` of one.
+        device: where to run; `auto` takes CUDA where it starts, else the CPU.
+        strict: whether anything else than the device asked for is an error. Otherwise it is a warning, and the next
+            best device runs.
+        precision: of the graph; by default what the bundle says for the device.
 
     Raises:
         BundleError: the bundle is missing, broken, or does not answer as its golden embeddings say.
+        ProviderError: `strict`, and the device does not run.
         MissingExtraError: ONNX Runtime is not installed.
     """
-    from mimco_deploy.serving.encoders.onnx import OnnxEncoder
+    from mimco_deploy.serving.encoders.onnx import OnnxEncoder, fall_back
 
-    encoder = OnnxEncoder(read_bundle(path))
+    if device == "tensorrt":
+        fall_back("mimco runs no TensorRT engines yet", device, strict=strict)
+        device = "auto"
+    encoder = OnnxEncoder(read_bundle(path), precision, device, strict=strict)
     encoder.prove()
     return encoder

@@ -9,9 +9,10 @@ import onnxruntime
 import pytest
 from onnx import helper
 
-from mimco_deploy.bundle import GOLDEN_FILE, MODEL_FILE, Golden, write_contract
-from mimco_deploy.errors import BundleError, MissingExtraError
-from mimco_deploy.serving.encoders import load_encoder
+from mimco_deploy.bundle import GOLDEN_FILE, MODEL_FILES, Golden, write_contract
+from mimco_deploy.errors import BundleError, MissingExtraError, ProviderError
+from mimco_deploy.serving.encoders import Device, load_encoder
+from mimco_deploy.serving.encoders.onnx import OnnxEncoder
 from tests.helpers import DIM, SIDE, Images, golden_images, tiny_bundle, tiny_embed, tiny_graph, tiny_spec
 
 
@@ -58,7 +59,7 @@ def test_a_missing_bundle_names_the_command_that_makes_it(tmp_path: Path) -> Non
         load_encoder(tmp_path / "encoder")
 
 
-@pytest.mark.parametrize("name", [MODEL_FILE, GOLDEN_FILE])
+@pytest.mark.parametrize("name", [MODEL_FILES["fp32"], GOLDEN_FILE])
 def test_a_tampered_file_is_refused(tmp_path: Path, name: str) -> None:
     path = tiny_bundle(tmp_path / "encoder")
     content = bytearray((path / name).read_bytes())
@@ -71,7 +72,7 @@ def test_a_tampered_file_is_refused(tmp_path: Path, name: str) -> None:
 def test_other_weights_under_the_same_contract_are_refused_with_the_distance(tmp_path: Path) -> None:
     path = tiny_bundle(tmp_path / "encoder", seed=0, graph=tiny_graph(seed=1))
     with pytest.raises(
-        BundleError, match=r"model.onnx is \d\.\d\de\S+ away .* expected at most 1e-04; run: mimco export"
+        BundleError, match=r"model.onnx is not what .* differs by \d\.\d\de\S+ \(at most 1e-04\).*; run: mimco export"
     ):
         load_encoder(path)
 
@@ -79,14 +80,14 @@ def test_other_weights_under_the_same_contract_are_refused_with_the_distance(tmp
 def test_golden_embeddings_of_another_encoder_are_refused(tmp_path: Path) -> None:
     images = golden_images()
     path = tiny_bundle(tmp_path / "encoder", golden=Golden(images, tiny_embed(images, seed=5)))
-    with pytest.raises(BundleError, match="away from its golden embeddings"):
+    with pytest.raises(BundleError, match="not what its golden embeddings say"):
         load_encoder(path)
 
 
 def test_golden_embeddings_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
     images = golden_images()
     path = tiny_bundle(tmp_path / "encoder", golden=Golden(images, np.full((4, DIM), np.nan, np.float32)))
-    with pytest.raises(BundleError, match="away from its golden embeddings"):
+    with pytest.raises(BundleError, match="not what its golden embeddings say"):
         load_encoder(path)
 
 
@@ -99,14 +100,14 @@ def test_golden_embeddings_that_are_not_numbers_are_refused(tmp_path: Path) -> N
     ],
 )
 def test_golden_pictures_that_prove_nothing_are_refused(tmp_path: Path, golden: Golden) -> None:
-    with pytest.raises(BundleError, match="comes with golden"):
+    with pytest.raises(BundleError, match="holds golden images"):
         load_encoder(tiny_bundle(tmp_path / "encoder", golden=golden))
 
 
 @pytest.mark.parametrize("content", [b"", b"not a graph", b"\x08\x09" + bytes(200)])
 def test_a_model_that_is_no_graph_is_a_bundle_error(tmp_path: Path, content: bytes) -> None:
     path = tiny_bundle(tmp_path / "encoder")
-    (path / MODEL_FILE).write_bytes(content)
+    (path / MODEL_FILES["fp32"]).write_bytes(content)
     write_contract(path, tiny_spec())  # hashes that fit
     with pytest.raises(BundleError, match="mimco export --format onnx"):
         load_encoder(path)
@@ -114,8 +115,8 @@ def test_a_model_that_is_no_graph_is_a_bundle_error(tmp_path: Path, content: byt
 
 def test_a_graph_that_was_cut_short_is_a_bundle_error(tmp_path: Path) -> None:
     path = tiny_bundle(tmp_path / "encoder")
-    content = (path / MODEL_FILE).read_bytes()
-    (path / MODEL_FILE).write_bytes(content[: len(content) // 2])
+    content = (path / MODEL_FILES["fp32"]).read_bytes()
+    (path / MODEL_FILES["fp32"]).write_bytes(content[: len(content) // 2])
     write_contract(path, tiny_spec())
     with pytest.raises(BundleError, match="cannot be loaded"):
         load_encoder(path)
@@ -149,10 +150,10 @@ def test_cuda_that_is_offered_but_does_not_start_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     real = onnxruntime.InferenceSession
+    asked: list[object] = []
 
-    def without_cuda(path: Path, sess_options: object, providers: list[object]) -> object:
-        assert isinstance(providers[0], tuple)
-        assert providers[0][0] == "CUDAExecutionProvider"
+    def without_cuda(path: Path, sess_options: object, providers: list[object], **_: object) -> object:
+        asked.append(providers[0])
         return real(path, sess_options=sess_options, providers=["CPUExecutionProvider"])
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
@@ -160,4 +161,42 @@ def test_cuda_that_is_offered_but_does_not_start_is_said(
     with caplog.at_level(logging.WARNING):
         encoder = load_encoder(tiny_bundle(tmp_path / "encoder"))
     assert encoder.provider == "CPUExecutionProvider"
+    assert asked == [("CUDAExecutionProvider", {"use_tf32": "0"}), "CPUExecutionProvider"]
     assert "could not start it" in caplog.text
+    with pytest.raises(ProviderError, match="could not start it; expected --device auto, since --strict"):
+        load_encoder(tmp_path / "encoder", strict=True)
+
+
+@pytest.mark.parametrize("device", ["cuda", "tensorrt"])
+def test_a_device_that_is_not_there_is_said_and_an_error_where_strict(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, device: Device
+) -> None:
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this onnxruntime has CUDA")
+    path = tiny_bundle(tmp_path / "encoder")
+    with caplog.at_level(logging.WARNING):
+        assert load_encoder(path, device).provider == "CPUExecutionProvider"
+    assert "mimco doctor" in caplog.text
+    with pytest.raises(ProviderError, match=f"expected --device {device}.*run: mimco doctor"):
+        load_encoder(path, device, strict=True)
+
+
+def test_the_cpu_that_was_asked_for_is_no_fallback(tmp_path: Path) -> None:
+    assert load_encoder(tiny_bundle(tmp_path / "encoder"), "cpu", strict=True).provider == "CPUExecutionProvider"
+
+
+def test_the_bundles_default_for_a_device_is_what_runs(tmp_path: Path) -> None:
+    path = tiny_bundle(tmp_path / "encoder")
+    (path / MODEL_FILES["int8"]).write_bytes((path / MODEL_FILES["fp32"]).read_bytes())
+    write_contract(path, tiny_spec(), {"cpu": "int8"})
+    assert load_encoder(path, "cpu").precision == "int8"
+    assert load_encoder(path, "cpu", precision="fp32").precision == "fp32"
+    with pytest.raises(BundleError, match=r"has no bf16; expected fp32 or int8; run: .*--precision bf16"):
+        load_encoder(path, precision="bf16")
+
+
+def test_without_patches_in_the_graph_none_are_given(tmp_path: Path) -> None:
+    encoder = load_encoder(tiny_bundle(tmp_path / "encoder"))
+    assert isinstance(encoder, OnnxEncoder)
+    with pytest.raises(BundleError, match="has no patch tokens; expected an export --with-patches"):
+        encoder.embed_with_patches(golden_images())

@@ -87,7 +87,7 @@ def test_a_stage_2_checkpoint_holds_teacher_queue_and_settings(tmp_path: Path, l
     state = checkpoint.load_model()
     assert_same_state(state, method.state_dict())
     assert {"patch_level.queue.rows", "mask_token", "teacher.backbone.body.norm.weight"} <= state.keys()
-    assert checkpoint.teacher == TeacherSpec(backbone=teacher.config, pooling="cls")
+    assert checkpoint.teacher == TeacherSpec(backbone=teacher.config, pooling="cls", licence="unstated")
     encoder, pooling = load_encoder(checkpoint)
     assert pooling == "mean"
     assert_same_state(encoder.state_dict(), method.encoder.state_dict())

@@ -1,0 +1,142 @@
+"""A bundle as one file: `.zip`, or `.tar` whatever compresses it.
+
+Nothing in an archive is trusted: only plain files are taken, only under relative names, and no more bytes than an
+encoder can have. Standard library only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import lzma
+import os
+import shutil
+import struct
+import tarfile
+import tempfile
+import weakref
+import zipfile
+import zlib
+from collections.abc import Generator, Iterator
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from mimco_deploy.atomic import sync_dir, sync_file
+from mimco_deploy.errors import BundleError
+
+_MAX_FILES = 256
+_MAX_BYTES = 16 << 30
+_DEPTH = 3
+"""A folder around the bundle, and `engines/` in it."""
+_CHUNK = 1 << 20
+_BROKEN = (
+    *(zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, struct.error),
+    *(EOFError, ValueError, NotImplementedError),
+    *(FileExistsError, NotADirectoryError, IsADirectoryError),  # two members of one name
+)
+
+
+class Unpacked:
+    """A temporary folder, removed with this object and at the latest when the process ends."""
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="mimco-bundle-"))
+        self.remove = weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+
+
+def is_archive(path: Path) -> bool:
+    """Whether a name is that of an archive, such as `.zip`, `.tar` or `.tar.gz`."""
+    return ".tar" in path.suffixes[-2:] or path.suffix in (".zip", ".tgz")
+
+
+def unpack(path: Path) -> Unpacked:
+    """Unpack an archive into a temporary folder.
+
+    Raises:
+        BundleError: there is no such file; it is no archive, is damaged, or holds what no bundle holds.
+    """
+    if not path.is_file():
+        raise BundleError(f"no encoder in {path}", expected="an archive", command=f"mimco export --output {path}")
+    unpacked = Unpacked()
+    try:
+        members = _zip_members(path) if path.suffix == ".zip" else _tar_members(path)
+        with contextlib.closing(members):
+            _write(members, unpacked.path)
+        _leave_outer_folder(unpacked.path)
+    except _BROKEN as error:
+        unpacked.remove()
+        raise BundleError(f"{path} cannot be unpacked ({error})", expected="a whole archive of a bundle") from error
+    return unpacked
+
+
+def pack(folder: Path, path: Path) -> None:
+    """Write the files of `folder` as one archive, which appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    try:
+        if path.suffix == ".zip":
+            with zipfile.ZipFile(temporary, "w") as archive:  # stored: weights do not shrink
+                for file in files:
+                    archive.write(file, file.relative_to(folder).as_posix())
+        else:
+            compression = path.suffix.removeprefix(".").replace("tgz", "gz").replace("tar", "")
+            with tarfile.open(temporary, f"w:{compression}") as tar:  # type: ignore[call-overload]
+                for file in files:
+                    tar.add(file, file.relative_to(folder).as_posix())
+        sync_file(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_dir(path.parent)
+
+
+def _zip_members(path: Path) -> Generator[tuple[str, IO[bytes]]]:
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            if info.is_dir():
+                continue
+            if (info.external_attr >> 16) & 0o170000 not in (0, 0o100000):
+                raise ValueError(f"{info.filename} is no plain file")
+            if info.flag_bits & 1:
+                raise ValueError(f"{info.filename} is encrypted")
+            with archive.open(info) as file:
+                yield info.filename, file
+
+
+def _tar_members(path: Path) -> Generator[tuple[str, IO[bytes]]]:
+    with tarfile.open(path, "r:*") as archive:
+        for member in archive:
+            if member.isdir():
+                continue
+            file = archive.extractfile(member) if member.isreg() else None
+            if file is None:
+                raise ValueError(f"{member.name} is no plain file")
+            with file:
+                yield member.name, file
+
+
+def _write(members: Iterator[tuple[str, IO[bytes]]], folder: Path) -> None:
+    left = _MAX_BYTES
+    for count, (name, file) in enumerate(members, start=1):
+        parts = PurePosixPath(name).parts
+        if not 1 <= len(parts) <= _DEPTH or ".." in parts or parts[0] == "/" or "\\" in name or count > _MAX_FILES:
+            raise ValueError(f"{name!r} has no place in a bundle")
+        target = folder.joinpath(*parts)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("xb") as out:
+            while chunk := file.read(_CHUNK):
+                left -= len(chunk)
+                if left < 0:
+                    raise ValueError(f"more than {_MAX_BYTES:,} bytes")
+                out.write(chunk)
+
+
+def _leave_outer_folder(folder: Path) -> None:
+    """Archives are often made of the folder itself: move its content up."""
+    inside = list(folder.iterdir())
+    if len(inside) == 1 and inside[0].is_dir():
+        outer = inside[0].rename(folder / ".outer")  # no name of its own is in the way
+        for child in outer.iterdir():
+            shutil.move(child, folder / child.name)
+        outer.rmdir()
