@@ -14,6 +14,7 @@ and exits with 1; anything that is not a `MimcoError` is a defect of mimco and k
     ├── TrainingInterrupted    a run that was asked to stop, after its checkpoint was written
     ├── BundleError            an encoder bundle that is missing, broken or fails its own proof
     ├── ParityError            an exported graph that does not answer as torch does
+    ├── EngineError            a TensorRT engine that is stale, foreign, broken or cannot be built
     ├── ProviderError          a device or runtime that was asked for and does not run
     ├── IndexStoreError        an index that is missing, broken or held by another writer
     └── EncoderMismatchError   an index made by another encoder
@@ -107,6 +108,10 @@ class BundleError(MimcoError):
 
 class ParityError(MimcoError):
     """An exported graph that does not answer as torch does."""
+
+
+class EngineError(MimcoError):
+    """A TensorRT engine that is stale, foreign, broken or cannot be built."""
 
 
 class ProviderError(MimcoError):

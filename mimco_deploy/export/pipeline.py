@@ -51,7 +51,7 @@ from mimco_deploy.serving.sample import draw_pictures, sample_folder
 logger = logging.getLogger(__name__)
 
 GOLDEN_PICTURES = 8
-DRAWN_PICTURES = 64
+DRAWN_PICTURES = 48
 CHECK_PICTURES = 128
 CALIBRATION_PICTURES = 64
 _TIMED_BATCH, _TIMED_ROUNDS = 8, 5

@@ -176,7 +176,7 @@ def _run(command: list[str]) -> _Tried:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         return _Tried(None, f"gives no answer ({error.__class__.__name__})")
-    reason = _reason(done.stderr)
+    reason = telling_line(done.stderr)
     if done.returncode < 0:
         return _Tried(None, f"crashes with signal {-done.returncode}: {reason}")
     if done.returncode != 0:
@@ -184,8 +184,8 @@ def _run(command: list[str]) -> _Tried:
     return _Tried(json.loads(done.stdout.splitlines()[-1]), reason)
 
 
-def _reason(stderr: str) -> str:
-    """The telling line among what a runtime writes."""
+def telling_line(stderr: str) -> str:
+    """The one line that tells the reason, among what a runtime writes."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", stderr)
     for pattern in (r"with error: (.+)", r"(Please install [^,.]+)", r"(CUDA failure.+)", r"(\w*Error.+)"):
         if match := re.search(pattern, plain):

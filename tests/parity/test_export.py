@@ -61,7 +61,7 @@ def bundle(checkpoint: Checkpoint, tmp_path: Path) -> Bundle:
 def test_report_covers_the_batch_sizes_and_is_written(checkpoint: Checkpoint, tmp_path: Path) -> None:
     (proof,) = export_encoder(from_checkpoint(checkpoint), tmp_path / "encoder").artefacts
     assert [batch.batch_size for batch in proof.batches] == [1, 2, 5]
-    assert (proof.pictures_from, proof.neighbours.pictures) == ("drawn", 64)
+    assert (proof.pictures_from, proof.neighbours.pictures) == ("drawn", 48)
     assert proof.max_abs < 1e-5
     assert read_parity(tmp_path / "encoder/parity.json") == (proof,)
 

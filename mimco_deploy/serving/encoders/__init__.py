@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mimco_deploy.bundle import EncoderSpec, Precision, read_bundle
+from mimco_deploy.errors import EngineError, MissingExtraError
 
 Device = Literal["auto", "cpu", "cuda", "tensorrt"]
 
@@ -50,7 +51,8 @@ def load_encoder(
 
     Args:
         path: the bundle, `encoder/` of a workspace, or a `.zip` or `.tar` of one.
-        device: where to run; `auto` takes CUDA where it starts, else the CPU.
+        device: where to run; `auto` takes CUDA where it starts, else the CPU; `tensorrt` an engine of the
+            bundle, else ONNX Runtime's TensorRT.
         strict: whether anything else than the device asked for is an error. Otherwise it is a warning, and the next
             best device runs.
         precision: of the graph; by default what the bundle says for the device.
@@ -60,11 +62,21 @@ def load_encoder(
         ProviderError: `strict`, and the device does not run.
         MissingExtraError: ONNX Runtime is not installed.
     """
-    from mimco_deploy.serving.encoders.onnx import OnnxEncoder, fall_back
+    from mimco_deploy.serving.encoders.onnx import OnnxEncoder, fall_back, has_tensorrt_provider
 
+    bundle = read_bundle(path)
     if device == "tensorrt":
-        fall_back("mimco runs no TensorRT engines yet", device, strict=strict)
-        device = "auto"
-    encoder = OnnxEncoder(read_bundle(path), precision, device, strict=strict)
+        from mimco_deploy.serving.encoders.tensorrt import open_engine
+
+        try:
+            engine = open_engine(bundle, precision)
+        except (EngineError, MissingExtraError) as error:
+            if not has_tensorrt_provider():
+                fall_back(error.found, device, strict=strict, command=error.command or "mimco doctor")
+                device = "auto"
+        else:
+            engine.prove()
+            return engine
+    encoder = OnnxEncoder(bundle, precision, device, strict=strict)
     encoder.prove()
     return encoder

@@ -10,9 +10,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from mimco_deploy.bundle import TOLERANCES, Bundle, EncoderSpec, Precision
+from mimco_deploy.bundle import Bundle, EncoderSpec, Precision
 from mimco_deploy.errors import BundleError, MissingExtraError, ProviderError
-from mimco_deploy.serving.agreement import compare
+from mimco_deploy.serving.doctor import telling_line
+from mimco_deploy.serving.encoders.proof import check_images, first_line, prove
 
 logger = logging.getLogger(__name__)
 
@@ -20,11 +21,14 @@ INPUT_NAME = "image"
 OUTPUT_NAME = "embedding"
 PATCHES_NAME = "patches"
 _AGAIN = "mimco export --format onnx"
-_PROOF_PICTURES = 2
 _FATAL_ONLY = 4
 _CPU = "CPUExecutionProvider"
 # TensorFloat-32 keeps 10 bits of each factor: embeddings would leave the tolerance of the golden check.
-_CUDA: tuple[str, dict[str, str]] = ("CUDAExecutionProvider", {"use_tf32": "0"})
+_PROVIDERS: dict[str, tuple[str, dict[str, str]]] = {
+    "tensorrt": ("TensorrtExecutionProvider", {}),
+    "cuda": ("CUDAExecutionProvider", {"use_tf32": "0"}),
+}
+Device = Literal["auto", "cpu", "cuda", "tensorrt"]
 
 
 class OnnxEncoder:
@@ -33,7 +37,7 @@ class OnnxEncoder:
     Args:
         bundle: as `read_bundle` gives it, hashes checked.
         precision: of the graph; by default what the bundle says for the device that runs.
-        device: `auto` takes CUDA where it starts, else the CPU.
+        device: `auto` takes CUDA where it starts, else the CPU; `tensorrt` ONNX Runtime's own provider.
         strict: whether anything else than the device asked for is an error, not a warning.
 
     Raises:
@@ -46,7 +50,7 @@ class OnnxEncoder:
         self,
         bundle: Bundle,
         precision: Precision | None = None,
-        device: Literal["auto", "cpu", "cuda"] = "auto",
+        device: Device = "auto",
         *,
         strict: bool = False,
     ) -> None:
@@ -107,11 +111,7 @@ class OnnxEncoder:
         return embeddings, patches
 
     def _run(self, names: list[str], images: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.float32]]:
-        side = self.spec.image_size_px
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (side, side, 3) or len(images) == 0:
-            raise ValueError(
-                f"images {images.dtype} {list(images.shape)}, expected uint8 [B, {side}, {side}, 3], B at least 1"
-            )
+        check_images(images, self.spec)
         outputs = self._session.run(names, {INPUT_NAME: np.ascontiguousarray(images)})
         return [np.asarray(output, np.float32) for output in outputs]
 
@@ -138,53 +138,46 @@ class OnnxEncoder:
             raise self._refused(f"has the inputs {', '.join(inputs)}", f"{INPUT_NAME} alone")
 
     def prove(self) -> None:
-        """Embed the first golden pictures and compare: this graph, on this machine and runtime, is the encoder.
-
-        Raises:
-            BundleError: the graph does not run, or is farther from the golden embeddings than its precision allows.
-        """
-        golden = self._bundle.golden
-        try:
-            embeddings = self.embed(golden.images[:_PROOF_PICTURES])
-        except Exception as error:  # ORT's own classes share no base
-            raise self._refused(f"does not run ({_first_line(error)})", "an encoder") from error
-        found = compare(embeddings, golden.embeddings[:_PROOF_PICTURES])
-        if breaches := found.breaches(TOLERANCES[self._precision]):
-            raise self._refused(
-                f"is not what its golden embeddings say, on {self.provider}: {', '.join(breaches)}",
-                "the encoder that was exported",
-            )
+        """See `proof.prove`."""
+        prove(self, self._bundle.golden, self._model, _AGAIN)
 
     def _refused(self, found: str, expected: str) -> BundleError:
         return BundleError(f"{self._model} {found}", expected=expected, command=_AGAIN)
 
 
-def fall_back(missing: str, device: str, *, strict: bool) -> None:
+def fall_back(missing: str, device: str, *, strict: bool, command: str = "mimco doctor") -> None:
     """Say that a device does not run.
 
     Raises:
         ProviderError: `strict`.
     """
     if strict:
-        raise ProviderError(missing, expected=f"--device {device}, since --strict is set", command="mimco doctor")
-    logger.warning("%s: running on the next best; mimco doctor tells more", missing)
+        raise ProviderError(missing, expected=f"--device {device}, since --strict is set", command=command)
+    logger.warning("%s: running on the next best; run: %s", missing, command)
 
 
-def _open_session(
-    bundle: Bundle, precision: Precision | None, device: Literal["auto", "cpu", "cuda"], strict: bool
-) -> tuple[Any, Precision]:
+def _open_session(bundle: Bundle, precision: Precision | None, device: Device, strict: bool) -> tuple[Any, Precision]:
     """A session on the device that was asked for, or loudly on the next best; and the precision of its graph."""
     ort = import_runtime()
     offered = ort.get_available_providers()
-    if device != "cpu" and _CUDA[0] in offered:
-        chosen = precision or bundle.precision_for("cuda")
-        session = _start(ort, bundle, chosen, [_CUDA, _CPU])
-        if session.get_providers()[0] == _CUDA[0]:
-            return session, chosen
-        # The package lists CUDA as available even where its libraries or a driver are missing.
-        fall_back("onnxruntime offers CUDA but could not start it", device, strict=strict)
-    elif device == "cuda":
-        fall_back(f"the onnxruntime here has no CUDA ({', '.join(offered)})", device, strict=strict)
+    tried = [name for name in ("tensorrt", "cuda") if device == name or (device == "auto" and name == "cuda")]
+    for name in tried:
+        provider = _PROVIDERS[name]
+        if provider[0] in offered:
+            chosen = precision or bundle.precision_for(name)
+            reason = ""
+            try:
+                session = _start(ort, bundle, chosen, [provider, _CPU])
+                if session.get_providers()[0] == provider[0]:
+                    return session, chosen
+            except BundleError as error:  # if it is the graph, the CPU will say so
+                reason = f" ({telling_line(error.found)})"
+            # The package lists providers as available even where their libraries or a driver are missing.
+            fall_back(f"onnxruntime offers {provider[0]} but could not start it{reason}", device, strict=strict)
+        elif device == name:
+            fall_back(f"the onnxruntime here has no {provider[0]} ({', '.join(offered)})", device, strict=strict)
+    if device == "tensorrt":
+        return _open_session(bundle, precision, "auto", strict=False)
     chosen = precision or bundle.precision_for("cpu")
     return _start(ort, bundle, chosen, [_CPU]), chosen
 
@@ -196,12 +189,17 @@ def _start(ort: Any, bundle: Bundle, precision: Precision, providers: list[Any])
     try:
         return ort.InferenceSession(model, sess_options=options, providers=providers, enable_fallback=0)
     except Exception as error:  # ORT's own classes share no base
-        reason = _first_line(error)
+        reason = first_line(error)
         if "NOT_IMPLEMENTED" in reason and precision == "bf16":
             raise BundleError(
                 f"{model} does not run here: ONNX Runtime has no bf16 on CPUs", expected="fp32, fp16 or int8"
             ) from error
         raise BundleError(f"{model} cannot be loaded ({reason})", expected="an ONNX graph", command=_AGAIN) from error
+
+
+def has_tensorrt_provider() -> bool:
+    """Whether ONNX Runtime offers TensorRT, which does not yet say that it starts."""
+    return _PROVIDERS["tensorrt"][0] in import_runtime().get_available_providers()
 
 
 def import_runtime() -> Any:
@@ -217,11 +215,7 @@ def import_runtime() -> Any:
             f"onnxruntime cannot be imported ({error})", command='pip install "mimco-deploy[cpu]"'
         ) from error
     onnxruntime.set_default_logger_severity(_FATAL_ONLY)  # a provider that does not start is told in our words
-    if _CUDA[0] in onnxruntime.get_available_providers() and hasattr(onnxruntime, "preload_dlls"):
+    if _PROVIDERS["cuda"][0] in onnxruntime.get_available_providers() and hasattr(onnxruntime, "preload_dlls"):
         with contextlib.redirect_stdout(io.StringIO()):  # prints what it does not find
             onnxruntime.preload_dlls()  # CUDA and cuDNN as pip installs them, beside the driver
     return onnxruntime
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

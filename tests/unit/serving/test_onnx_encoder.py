@@ -177,7 +177,7 @@ def test_a_device_that_is_not_there_is_said_and_an_error_where_strict(
     with caplog.at_level(logging.WARNING):
         assert load_encoder(path, device).provider == "CPUExecutionProvider"
     assert "mimco doctor" in caplog.text
-    with pytest.raises(ProviderError, match=f"expected --device {device}.*run: mimco doctor"):
+    with pytest.raises(ProviderError, match=f"expected --device {device}, since --strict is set; run: mimco doctor"):
         load_encoder(path, device, strict=True)
 
 

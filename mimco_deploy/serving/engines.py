@@ -1,0 +1,158 @@
+"""TensorRT engines of a bundle: `engines/<name>.plan`, a plain plan, beside `<name>.json`, which says what it is.
+
+A plan alone tells neither which weights it was made of nor for which GPU; loaded elsewhere it fails at best. So the
+sidecar holds all that an engine depends on, and an engine of which one of them differs is stale or foreign: it is built
+anew or refused, never loaded. Standard library only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from mimco_deploy.atomic import write_bytes
+from mimco_deploy.bundle import Bundle, Precision
+from mimco_deploy.errors import EngineError
+from mimco_deploy.serving.trt import Flavour
+
+FORMAT_VERSION = 1
+ENGINES = "engines"
+_MAX_SIDECAR_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSpec:
+    """All that an engine depends on; two that are equal can stand in for each other."""
+
+    flavour: Flavour
+    version: str
+    """Of TensorRT, in full: a plan is read by the version that wrote it."""
+    model_sha256: str
+    """Of the ONNX graph."""
+    precision: Precision
+    min_batch: int
+    opt_batch: int
+    max_batch: int
+    workspace_mib: int
+    """Limit of scratch memory while building; 0 leaves it to TensorRT."""
+    gpu: str
+    """Name of the GPU it was built on, or empty for one that was built ahead of time."""
+    compute_capabilities: tuple[int, ...]
+    """Of the GPUs it runs on, ten times the version; ascending."""
+
+    @property
+    def name(self) -> str:
+        """Of its files, without the suffix. What can differ under one name makes an engine stale."""
+        capabilities = "+".join(f"sm{capability}" for capability in self.compute_capabilities)
+        return f"{self.flavour}-{self.precision}-{capabilities}-b{self.min_batch}-{self.opt_batch}-{self.max_batch}"
+
+    @property
+    def command(self) -> str:
+        """What builds it."""
+        ahead = f" --compute-capability {','.join(map(str, self.compute_capabilities))}" if not self.gpu else ""
+        profile = f"{self.min_batch},{self.opt_batch},{self.max_batch}"
+        return f"mimco export --format {self.flavour} --precision {self.precision} --profile {profile}{ahead}"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine whose sidecar was read and whose plan has the hash that it states."""
+
+    plan: Path
+    spec: EngineSpec
+    layers: Mapping[str, int]
+    """Kind and type of a layer → how many, such as `MATRIX_MULTIPLY HALF`: 72."""
+
+
+def write_engine(folder: Path, spec: EngineSpec, plan: bytes, layers: Mapping[str, int]) -> Engine:
+    """Write plan and sidecar, the sidecar last: a plan without one does not count.
+
+    Args:
+        folder: of the bundle.
+        spec: what it depends on.
+        plan: as TensorRT serialised it, unchanged.
+        layers: see `Engine`.
+    """
+    path = folder / ENGINES / f"{spec.name}.plan"
+    sidecar = path.with_suffix(".json")
+    sidecar.unlink(missing_ok=True)
+    write_bytes(path, plan)
+    document: dict[str, Any] = {"format_version": FORMAT_VERSION, **asdict(spec), "layers": dict(layers)}
+    document["plan_sha256"] = hashlib.sha256(plan).hexdigest()
+    document["checksum"] = _checksum(document)
+    write_bytes(sidecar, (json.dumps(document, indent=2) + "\n").encode())
+    return Engine(path, spec, layers)
+
+
+def read_engine(plan: Path) -> Engine:
+    """Read and check an engine; it is not loaded.
+
+    Raises:
+        EngineError: plan or sidecar is missing or damaged, or of another format.
+    """
+    sidecar = plan.with_suffix(".json")
+    for path in (plan, sidecar):
+        if not path.is_file():
+            raise EngineError(f"no {path}", expected="a plan and its sidecar", command=_COMMAND)
+    try:
+        if sidecar.stat().st_size > _MAX_SIDECAR_BYTES:
+            raise ValueError(f"more than {_MAX_SIDECAR_BYTES:,} bytes")
+        document = json.loads(sidecar.read_text(encoding="utf-8"))
+        version = document["format_version"]
+        if version != FORMAT_VERSION:
+            raise EngineError(f"{sidecar} has format version {version}", expected=str(FORMAT_VERSION), command=_COMMAND)
+        if document.pop("checksum") != _checksum(document):
+            raise ValueError("its checksum is not that of its content")
+        capabilities = tuple(document["compute_capabilities"])
+        known = {item.name: document[item.name] for item in fields(EngineSpec)}
+        spec = EngineSpec(**{**known, "compute_capabilities": capabilities})
+        stated, layers = document["plan_sha256"], dict(document["layers"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise EngineError(
+            f"{sidecar} cannot be read ({error!r})", expected="the sidecar of an engine", command=_COMMAND
+        ) from error
+    with plan.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != stated:
+        raise EngineError(f"{plan} has SHA-256 {found[:12]}…", expected=f"{stated[:12]}…", command=spec.command)
+    return Engine(plan, spec, layers)
+
+
+def differences(found: EngineSpec, wanted: EngineSpec) -> list[str]:
+    """The fields in which an engine is another one than wanted, with both values."""
+    pairs = ((item.name, getattr(found, item.name), getattr(wanted, item.name)) for item in fields(EngineSpec))
+    return [f"{name} {_short(have)}, not {_short(want)}" for name, have, want in pairs if have != want]
+
+
+def engine_for(bundle: Bundle, wanted: EngineSpec) -> Engine:
+    """The engine of a bundle that is exactly the one wanted.
+
+    Raises:
+        EngineError: there is none, it is damaged, or it is stale or foreign: names the fields that differ.
+    """
+    engine = read_engine(bundle.path / ENGINES / f"{wanted.name}.plan")
+    if differ := differences(engine.spec, wanted):
+        raise EngineError(f"{engine.plan} is of {'; '.join(differ)}", expected="its own", command=wanted.command)
+    return engine
+
+
+def model_hash(bundle: Bundle, precision: Precision) -> str:
+    """SHA-256 of the graph that an engine is made of."""
+    with bundle.model(precision).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+_COMMAND = "mimco export --format tensorrt"
+
+
+def _short(value: object) -> str:
+    text = str(value) or "none"
+    return f"{text[:12]}…" if len(text) == 64 else text
+
+
+def _checksum(document: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,290 @@
+"""Engines really built, by TensorRT for RTX on a machine without a GPU; and what is said where it is not there."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import timm
+import torch
+from click.testing import CliRunner
+from onnx import TensorProto
+from timm.models import save_for_hf
+
+from mimco_deploy.bundle import read_bundle, write_contract
+from mimco_deploy.cli import main
+from mimco_deploy.errors import BundleError, ConfigError, EngineError, MissingExtraError
+from mimco_deploy.export import to_tensorrt
+from mimco_deploy.export.pipeline import ExportOptions, export_encoder
+from mimco_deploy.export.student import from_model
+from mimco_deploy.export.to_tensorrt import EngineOptions, ensure_engine, plan_engine
+from mimco_deploy.serving.engines import read_engine
+from mimco_deploy.serving.trt import Gpu, gpu_here, has_rtx, load_trt
+
+MODELS: dict[str, dict[str, Any]] = {
+    "vit_tiny_patch16_224": {"img_size": 64, "embed_dim": 96, "depth": 2, "num_heads": 3},
+    "swin_tiny_patch4_window7_224": {"img_size": 56, "embed_dim": 24, "depths": (1, 2), "num_heads": (2, 4)},
+    "convnext_atto": {"depths": (1, 1, 1, 1), "dims": (16, 24, 32, 48)},
+    "resnet10t": {},
+}
+RTX = pytest.mark.skipif(not has_rtx(), reason='no TensorRT for RTX: pip install "mimco-deploy[tensorrt-rtx]"')
+AHEAD = EngineOptions(precision="fp16", profile=(1, 4, 8), compute_capabilities=(89, 120))
+
+
+def bundle_of(name: str, folder: Path) -> Path:
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=0, **MODELS[name])
+    cfg = {"input_size": (3, MODELS[name].get("img_size", 64), MODELS[name].get("img_size", 64))}
+    save_for_hf(model, str(folder / "timm"), model_config={"pretrained_cfg": cfg}, model_args=MODELS[name])
+    options = ExportOptions(precisions=("fp16", "bf16"))
+    export_encoder(from_model(str(folder / "timm")), folder / "encoder", options)
+    return folder / "encoder"
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return bundle_of("vit_tiny_patch16_224", tmp_path_factory.mktemp("vit"))
+
+
+@pytest.fixture
+def folder(vit: Path, tmp_path: Path) -> Path:
+    shutil.copytree(vit, tmp_path / "encoder")
+    return tmp_path / "encoder"
+
+
+def built(folder: Path, options: EngineOptions = AHEAD) -> Any:
+    trt, bundle = load_trt("tensorrt-rtx"), read_bundle(folder)
+    return ensure_engine(trt, bundle, plan_engine(trt, "tensorrt-rtx", bundle, options))
+
+
+def export(*arguments: object, workspace: Path) -> Any:
+    return CliRunner().invoke(main, ["--workspace", str(workspace), "export", *map(str, arguments)])
+
+
+@RTX
+@pytest.mark.parametrize("name", MODELS)
+def test_every_family_becomes_an_engine_of_the_types_asked_for(name: str, tmp_path: Path) -> None:
+    folder = bundle_of(name, tmp_path)
+    for precision, kind in (("fp32", "FLOAT"), ("fp16", "HALF"), ("bf16", "BF16")):
+        if precision not in read_bundle(folder).precisions:
+            continue
+        options = dataclasses.replace(AHEAD, precision=precision)
+        engine, is_new = built(folder, options)
+        assert is_new
+        products = {layer for layer in engine.layers if layer.split()[0] in ("MATRIX_MULTIPLY", "CONVOLUTION")}
+        assert {layer.split()[1] for layer in products} == {kind}
+        assert engine.plan.read_bytes()[:4] == b"vtrt"  # a plain plan, with nothing in front
+        assert engine.layers.get("SOFTMAX FLOAT", 0) == sum(
+            count for layer, count in engine.layers.items() if layer.startswith("SOFTMAX")
+        )
+
+
+@RTX
+def test_an_engine_is_built_once_and_again_where_it_is_stale(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    first, is_new = built(folder)
+    assert is_new
+    assert built(folder) == (first, False)
+    monkeypatch.setattr(load_trt("tensorrt-rtx"), "__version__", "0.9")
+    again, is_new = built(folder)
+    assert is_new
+    assert again.spec.version == "0.9"
+    assert f"version {first.spec.version}, not 0.9" in caplog.text
+
+
+@RTX
+@pytest.mark.parametrize("suffix", [".plan", ".json"])
+def test_a_damaged_engine_is_built_again(folder: Path, suffix: str) -> None:
+    engine, _ = built(folder)
+    path = engine.plan.with_suffix(suffix)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(EngineError):
+        read_engine(engine.plan)
+    again, is_new = built(folder)
+    assert is_new
+    assert read_engine(again.plan).spec == engine.spec
+
+
+@RTX
+def test_a_changed_graph_is_refused_before_anything_is_built(folder: Path) -> None:
+    path = folder / "model.fp16.onnx"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(BundleError, match="SHA-256"):
+        built(folder)
+    write_contract(folder, read_bundle_unchecked(folder))  # another graph, said to be the bundle's
+    engine, _ = built(folder)
+    assert engine.spec.model_sha256 != ""
+
+
+def read_bundle_unchecked(folder: Path) -> Any:
+    document = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
+    for name in ("format_version", "defaults", "files", "checksum"):
+        document.pop(name)
+    from mimco_deploy.bundle import EncoderSpec
+
+    return EncoderSpec(**document)
+
+
+@RTX
+def test_types_that_are_not_those_asked_for_are_an_error_with_the_layers(folder: Path) -> None:
+    """The fp32 graph under fp16's name: what other exporters ship with a warning."""
+    shutil.copyfile(folder / "model.onnx", folder / "model.fp16.onnx")
+    write_contract(folder, read_bundle_unchecked(folder))
+    with pytest.raises(EngineError, match=r"asked for fp16, but \S+ is FLOAT, .* and \d+ more; expected HALF"):
+        built(folder)
+    assert not list((folder / "engines").glob("*"))
+
+
+@RTX
+def test_a_graph_that_tensorrt_cannot_read_is_told_with_its_reason(folder: Path) -> None:
+    model = onnx.load(folder / "model.onnx")
+    transposed = next(node for node in model.graph.node if node.op_type == "Cast")
+    transposed.op_type = "NoSuchOperator"
+    del transposed.attribute[:]
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    write_contract(folder, read_bundle_unchecked(folder))
+    with pytest.raises(EngineError, match=r"cannot read the graph: .*NoSuchOperator"):
+        built(folder, dataclasses.replace(AHEAD, precision="fp32"))
+
+
+@RTX
+def test_gpus_that_cannot_be_built_for_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"compute capability 33; expected one of 75, "):
+        built(folder, dataclasses.replace(AHEAD, compute_capabilities=(33,)))
+    monkeypatch.setattr(to_tensorrt, "gpu_here", lambda: None)
+    with pytest.raises(ConfigError, match=r"no GPU to build for; expected --compute-capability, such as 89,120"):
+        built(folder, dataclasses.replace(AHEAD, compute_capabilities=()))
+
+
+@RTX
+def test_what_differs_by_flavour_is_in_the_plan_of_the_build(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trt, bundle = load_trt("tensorrt-rtx"), read_bundle(folder)
+    monkeypatch.setattr(to_tensorrt, "gpu_here", lambda: Gpu("NVIDIA L4", 89))
+    here = plan_engine(trt, "tensorrt", bundle, EngineOptions(profile=(1, 4, 8)))
+    assert (here.gpu, here.compute_capabilities) == ("NVIDIA L4", (89,))
+    ahead = plan_engine(trt, "tensorrt-rtx", bundle, AHEAD)
+    assert (ahead.gpu, ahead.compute_capabilities) == ("", (89, 120))
+    with pytest.raises(ConfigError, match="expected --format tensorrt-rtx"):
+        plan_engine(trt, "tensorrt", bundle, AHEAD)
+
+
+@pytest.mark.parametrize("profile", [(0, 1, 2), (4, 2, 8), (1, 9, 8)])
+def test_a_profile_out_of_order_is_refused(profile: tuple[int, int, int]) -> None:
+    with pytest.raises(ConfigError, match="largest batch"):
+        EngineOptions(profile=profile)
+
+
+def test_int8_is_no_engine() -> None:
+    with pytest.raises(ConfigError, match="an engine in int8; expected --precision fp32 or fp16 or bf16"):
+        EngineOptions(precision="int8")
+
+
+@RTX
+def test_the_command_builds_and_says_so(folder: Path, tmp_path: Path) -> None:
+    options = ("--format", "tensorrt-rtx", "--compute-capability", "89", "--profile", "1,2,4", "--output", folder)
+    done = export(*options, "--json", "--triton", tmp_path / "repository", workspace=tmp_path / "ws")
+    assert done.exit_code == 0, done.output
+    document = json.loads(done.stdout)
+    assert (document["built"], document["precision"], document["compute_capabilities"]) == (True, "fp16", [89])
+    assert document["layers"]["SOFTMAX FLOAT"] == 2
+    model = tmp_path / "repository/mimco_encoder"
+    assert (model / "1/model.plan").read_bytes() == Path(document["engine"]).read_bytes()
+    config = (model / "config.pbtxt").read_text(encoding="utf-8")
+    assert 'platform: "tensorrt_plan"\nmax_batch_size: 4\n' in config
+    assert 'input [ { name: "image" data_type: TYPE_UINT8 dims: [ 64, 64, 3 ] } ]' in config
+    assert "up to date" in export(*options, workspace=tmp_path / "ws").stdout
+
+
+@RTX
+def test_ctrl_c_ends_a_build_and_leaves_nothing(folder: Path) -> None:
+    words = ["export", "--format", "tensorrt-rtx", "--output", str(folder), "--compute-capability", "89"]
+    hook = (
+        "import sys, time\n"
+        "from mimco_deploy.export import to_tensorrt\n"
+        "real = to_tensorrt._monitor\n"
+        "def slow(trt, stop, show):\n"
+        "    def told(*step):\n"
+        "        print('step', flush=True); time.sleep(0.05)\n"
+        "    return real(trt, stop, told)\n"
+        "to_tensorrt._monitor = slow\n"
+        "from mimco_deploy.cli import main\n"
+        f"main({words!r})\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", hook], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "step\n"
+    process.send_signal(signal.SIGINT)
+    started = time.monotonic()
+    _, err = process.communicate(timeout=60)
+    assert time.monotonic() - started < 30
+    assert process.returncode == 1
+    assert err.strip() == "Aborted!"
+    assert list((folder / "engines").glob("*")) == []
+
+
+def test_without_tensorrt_the_briefs_line_says_what_is_missing(
+    vit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(MissingExtraError, match="tensorrt cannot be imported"):
+        load_trt("tensorrt")
+    done = export("--format", "tensorrt", "--output", vit, workspace=tmp_path / "ws")
+    assert done.exit_code == 1
+    assert done.output.count("\n") == 1
+    assert 'run: pip install "mimco-deploy[tensorrt]"' in done.output
+    assert ("mimco export --format tensorrt-rtx --compute-capability 89" in done.output) == has_rtx()
+
+
+def test_trtexecs_command_is_printed_without_tensorrt(vit: Path, tmp_path: Path) -> None:
+    done = export("--format", "tensorrt", "--emit-trtexec", "--output", vit, workspace=tmp_path / "ws")
+    assert done.exit_code == 0, done.output
+    words = shlex.split(done.stdout)
+    assert words[:3] == ["trtexec", f"--onnx={vit / 'model.fp16.onnx'}", "--stronglyTyped"]
+    assert "--maxShapes=image:256x64x64x3" in words
+
+
+def test_a_precision_that_the_bundle_has_not_is_told(folder: Path, tmp_path: Path) -> None:
+    (folder / "model.bf16.onnx").unlink()
+    write_contract(folder, read_bundle_unchecked(folder))
+    arguments = ("--format", "tensorrt", "--emit-trtexec", "--precision", "bf16", "--output", folder)
+    done = export(*arguments, workspace=tmp_path / "ws")
+    assert done.exit_code == 1
+    assert "has no bf16" in done.output
+
+
+def test_onnx_alone_goes_to_triton_too(vit: Path, tmp_path: Path) -> None:
+    source = vit.parent / "timm"
+    arguments = ("--format", "onnx", "--model", source, "--output", tmp_path / "e", "--triton", tmp_path / "r")
+    done = export(*arguments, workspace=tmp_path / "ws")
+    assert done.exit_code == 0, done.output
+    model = onnx.load(tmp_path / "r/mimco_encoder/1/model.onnx")
+    assert model.graph.input[0].type.tensor_type.elem_type == TensorProto.UINT8
+    assert 'platform: "onnxruntime_onnx"' in (tmp_path / "r/mimco_encoder/config.pbtxt").read_text(encoding="utf-8")
+
+
+def test_a_gpu_is_told_by_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = subprocess.CompletedProcess[str]([], 0, "NVIDIA GeForce RTX 4090, 8.9\nNVIDIA L4, 8.9\n", "")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+    assert gpu_here() == Gpu("NVIDIA GeForce RTX 4090", 89)
+
+    def missing(*_: object, **__: object) -> Any:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(subprocess, "run", missing)
+    assert gpu_here() is None
