@@ -479,7 +479,13 @@ def _load_encoder(workspace: Workspace, encoder: Path | None, device: Device, st
     show_default=True,
     help="Pictures at once; repeatable.",
 )
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where.")
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda", "tensorrt"]),
+    default="auto",
+    show_default=True,
+    help="Where; auto is all there are.",
+)
 @click.option("--source", help="Weights to run in torch too, as for export.  [default: the workspace's stage 2]")
 @click.option("--pick", is_flag=True, help="Make the fastest variant that passes the bundle's default.")
 @json_option
@@ -510,10 +516,11 @@ def bench(
         if check is None
         else sample_folder(check, benching.SAMPLED_PICTURES, *geometry)
     )
-    devices = benching.devices_here() if device == "auto" else [device]
+    devices = benching.devices_here() if device == "auto" else ["cpu", "tensorrt"] if device == "tensorrt" else [device]
     variants = benching.bundle_variants(path, bundle, devices)
-    for name in devices:
-        variants += _torch_variants(workspace, spec, source, name)
+    for name in ("cpu", "cuda"):
+        if name in devices:
+            variants += _torch_variants(workspace, spec, source, name)
     with counting_bar("bench") as show:
         rows, failures = benching.measure(variants, pictures, batch_sizes, show)
     defaults = benching.pick(path, rows) if pick else dict(bundle.defaults)

@@ -26,7 +26,9 @@ from mimco_deploy.bundle import TOLERANCES, Bundle, Precision, read_bundle, writ
 from mimco_deploy.errors import BundleError, MimcoError
 from mimco_deploy.serving.agreement import Embeddings, compare
 from mimco_deploy.serving.doctor import installed
+from mimco_deploy.serving.engines import ENGINES, read_engine
 from mimco_deploy.serving.sample import Pixels
+from mimco_deploy.serving.trt import gpu_here
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +48,7 @@ class Variant:
     """As the table names it."""
     precision: str
     device: str
-    """`cpu` or `cuda`"""
+    """`cpu`, `cuda` or `tensorrt`"""
     load: Callable[..., tuple[Embed, str]]
     """Called in a fresh process with `arguments`: gives what embeds, and the provider that really runs."""
     arguments: tuple[object, ...]
@@ -101,14 +103,33 @@ class _Measured:
 
 
 def devices_here() -> list[str]:
-    """`cpu`, and `cuda` where the runtime has it; whether it starts, its rows tell."""
+    """`cpu`, `cuda` where the runtime has it, `tensorrt` where there is a GPU; whether they start, their rows tell."""
     from mimco_deploy.serving.encoders.onnx import import_runtime
 
-    return ["cpu", "cuda"] if "CUDAExecutionProvider" in import_runtime().get_available_providers() else ["cpu"]
+    cuda = ["cuda"] if "CUDAExecutionProvider" in import_runtime().get_available_providers() else []
+    return ["cpu", *cuda, *(["tensorrt"] if gpu_here() else [])]
 
 
 def bundle_variants(path: Path, bundle: Bundle, devices: Sequence[str]) -> list[Variant]:
-    """Every precision of a bundle on every device; fp32 on the first device comes first, the reference."""
+    """Every precision of a bundle on every device, and its engines; fp32 on the first comes first, the reference."""
+    engines = [read_engine(plan) for plan in sorted((bundle.path / ENGINES).glob("*.plan")) if "tensorrt" in devices]
+    return [
+        *_onnx_variants(path, bundle, [device for device in devices if device != "tensorrt"]),
+        *(
+            Variant(
+                engine.spec.flavour,
+                engine.spec.precision,
+                "tensorrt",
+                _load_engine,
+                (path, engine.spec.precision),
+                engine.plan.stat().st_size / 2**20,
+            )
+            for engine in engines
+        ),
+    ]
+
+
+def _onnx_variants(path: Path, bundle: Bundle, devices: Sequence[str]) -> list[Variant]:
     return [
         Variant(
             "ONNX Runtime",
@@ -304,6 +325,13 @@ def _rows(variant: Variant, rounds: Sequence[_Measured], reference: Embeddings |
             breaches,
             variant.in_bundle,
         )
+
+
+def _load_engine(path: Path, precision: Precision) -> tuple[Embed, str]:
+    from mimco_deploy.serving.encoders.tensorrt import open_engine
+
+    encoder = open_engine(read_bundle(path), precision)
+    return encoder.embed, encoder.provider
 
 
 def _load_onnx(path: Path, device: str, precision: Precision) -> tuple[Embed, str]:
