@@ -251,6 +251,18 @@ class Catalog:
         )
         return [Problem(_absolute(root, path), problem, found) for root, path, problem, found in rows]
 
+    def check(self) -> list[str]:
+        """What SQLite, and the tables among each other, find wrong; nothing where they are sound."""
+        found = [str(row[0]) for row in self._db.execute("PRAGMA integrity_check") if row[0] != "ok"]
+        found += [f"{table} names a row of {parent} that is not there" for table, _, parent, _ in self._foreign_keys()]
+        (rows, last) = self._db.execute("SELECT count(*), coalesce(max(row) + 1, 0) FROM contents").fetchone()
+        if rows != last:
+            found.append(f"{last - rows} of {last} rows have no content")
+        return found
+
+    def _foreign_keys(self) -> list[tuple[str, int, str, int]]:
+        return self._db.execute("PRAGMA foreign_key_check").fetchall()
+
     # ------------------------------------------------------------------ what changes it
 
     def add_root(self, path: Path) -> Root:

@@ -124,7 +124,7 @@ def test_a_missing_index_names_the_command_that_makes_it(tmp_path: Path) -> None
     tiny_bundle(tmp_path / "encoder")
     refused(mimco(tmp_path, "search", "query.jpg"), "no index in", "run: mimco index DIR")
     refused(mimco(tmp_path, "index"), "no folder to index", "run: mimco index DIR")
-    refused(mimco(tmp_path, "index", "--forget", tmp_path), "no index in", "run: mimco index DIR")
+    refused(mimco(tmp_path, "index", "forget", tmp_path), "no index in", "run: mimco index DIR")
 
 
 def test_a_missing_teacher_names_the_command_that_trains_it(tmp_path: Path) -> None:

@@ -414,7 +414,7 @@ def test_a_folder_that_is_away_keeps_its_files_and_is_reported(place: Place, tmp
     assert [(item.path, item.kept) for item in report.unreachable] == [(place.photos, 3)]
     assert (report.removed, report.unchanged, report.counts.files) == (0, 1, 4)
     assert place.files() == sorted([*paths, other])
-    with pytest.raises(IndexStoreError, match=r"lose its 3 files; .*run: mimco index --forget"):
+    with pytest.raises(IndexStoreError, match=r"lose its 3 files; .*run: mimco index forget"):
         place.update(rebuild=True)
     assert place.files() == sorted([*paths, other])
 
