@@ -145,9 +145,9 @@ class Bundle:
 
 def write_contract(folder: Path, spec: EncoderSpec, defaults: Mapping[str, Precision] | None = None) -> None:
     """Write `encoder.json`, hashing the other files of `folder`: the last step of making or changing a bundle."""
-    files = {name: _sha256(folder / name) for name in _HASHED if (folder / name).is_file()}
+    files = {name: sha256_of(folder / name) for name in _HASHED if (folder / name).is_file()}
     document = {"format_version": FORMAT_VERSION, **asdict(spec), "defaults": dict(defaults or {}), "files": files}
-    document["checksum"] = _checksum(document)
+    document["checksum"] = checksum_of(document)
     write_bytes(folder / SPEC_FILE, (json.dumps(document, indent=2) + "\n").encode())
 
 
@@ -178,7 +178,7 @@ def read_bundle(path: Path) -> Bundle:
     for name in {MODEL_FILES["fp32"], GOLDEN_FILE, *stated}:
         if not (folder / name).is_file():
             raise BundleError(f"{folder / name} is missing", expected="a whole bundle", command=_EXPORT)
-        if (found := _sha256(folder / name)) != stated.get(name):
+        if (found := sha256_of(folder / name)) != stated.get(name):
             raise BundleError(
                 f"{folder / name} has SHA-256 {found[:12]}…",
                 expected=f"{str(stated.get(name, 'none'))[:12]}…",
@@ -199,7 +199,7 @@ def _read_contract(path: Path) -> tuple[EncoderSpec, dict[str, Precision], dict[
         if version != FORMAT_VERSION:
             raise BundleError(f"{path} has format version {version}", expected=str(FORMAT_VERSION), command=_EXPORT)
         stated = document.pop("checksum")
-        if stated != _checksum(document):
+        if stated != checksum_of(document):
             raise ValueError("its checksum is not that of its content")
         files, defaults = document.pop("files"), document.pop("defaults")
         if not set(files.keys()) <= set(_HASHED) or not set(defaults.values()) <= set(typing.get_args(Precision)):
@@ -253,10 +253,12 @@ def _read_golden(path: Path, spec: EncoderSpec) -> Golden:
     return Golden(images, embeddings)
 
 
-def _checksum(document: Mapping[str, object]) -> str:
+def checksum_of(document: Mapping[str, object]) -> str:
+    """SHA-256 of a JSON object, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

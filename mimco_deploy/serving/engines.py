@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mimco_deploy.atomic import write_bytes
-from mimco_deploy.bundle import Bundle, Precision
+from mimco_deploy.bundle import Bundle, Precision, checksum_of, sha256_of
 from mimco_deploy.errors import EngineError
 from mimco_deploy.serving.trt import Flavour
 
@@ -83,7 +83,7 @@ def write_engine(folder: Path, spec: EngineSpec, plan: bytes, layers: Mapping[st
     write_bytes(path, plan)
     document: dict[str, Any] = {"format_version": FORMAT_VERSION, **asdict(spec), "layers": dict(layers)}
     document["plan_sha256"] = hashlib.sha256(plan).hexdigest()
-    document["checksum"] = _checksum(document)
+    document["checksum"] = checksum_of(document)
     write_bytes(sidecar, (json.dumps(document, indent=2) + "\n").encode())
     return Engine(path, spec, layers)
 
@@ -105,7 +105,7 @@ def read_engine(plan: Path) -> Engine:
         version = document["format_version"]
         if version != FORMAT_VERSION:
             raise EngineError(f"{sidecar} has format version {version}", expected=str(FORMAT_VERSION), command=_COMMAND)
-        if document.pop("checksum") != _checksum(document):
+        if document.pop("checksum") != checksum_of(document):
             raise ValueError("its checksum is not that of its content")
         capabilities = tuple(document["compute_capabilities"])
         known = {item.name: document[item.name] for item in fields(EngineSpec)}
@@ -115,8 +115,7 @@ def read_engine(plan: Path) -> Engine:
         raise EngineError(
             f"{sidecar} cannot be read ({error!r})", expected="the sidecar of an engine", command=_COMMAND
         ) from error
-    with plan.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = sha256_of(plan)
     if found != stated:
         raise EngineError(f"{plan} has SHA-256 {found[:12]}…", expected=f"{stated[:12]}…", command=spec.command)
     return Engine(plan, spec, layers)
@@ -142,8 +141,7 @@ def engine_for(bundle: Bundle, wanted: EngineSpec) -> Engine:
 
 def model_hash(bundle: Bundle, precision: Precision) -> str:
     """SHA-256 of the graph that an engine is made of."""
-    with bundle.model(precision).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_of(bundle.model(precision))
 
 
 _COMMAND = "mimco export --format tensorrt"
@@ -152,7 +150,3 @@ _COMMAND = "mimco export --format tensorrt"
 def _short(value: object) -> str:
     text = str(value) or "none"
     return f"{text[:12]}…" if len(text) == 64 else text
-
-
-def _checksum(document: Mapping[str, object]) -> str:
-    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()

@@ -87,7 +87,7 @@ def test_a_contract_cut_anywhere_is_refused(folder: Path) -> None:
 def test_a_contract_of_another_shape_is_refused_though_its_checksum_fits(
     folder: Path, change: Callable[[dict[str, Any]], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mimco_deploy.bundle._checksum", lambda _: "the same")
+    monkeypatch.setattr("mimco_deploy.bundle.checksum_of", lambda _: "the same")
     document = json.loads((folder / SPEC_FILE).read_text(encoding="utf-8"))
     change(document)
     (folder / SPEC_FILE).write_text(json.dumps({**document, "checksum": "the same"}), encoding="utf-8")
