@@ -55,12 +55,12 @@ class ArtefactParity:
     @property
     def max_abs(self) -> float:
         """The worst difference of all."""
-        return max(self.neighbours.max_abs, *(batch.max_abs for batch in self.batches))
+        return float(np.max([self.neighbours.max_abs, *(batch.max_abs for batch in self.batches)]))  # NaN stays NaN
 
     @property
     def min_cosine(self) -> float:
         """The least cosine of all."""
-        return min(self.neighbours.min_cosine, *(batch.min_cosine for batch in self.batches))
+        return float(np.min([self.neighbours.min_cosine, *(batch.min_cosine for batch in self.batches)]))
 
     def breaches(self) -> list[str]:
         """What is outside the tolerance, in words."""

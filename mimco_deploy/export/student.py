@@ -92,7 +92,19 @@ def from_model(name: str) -> Source:
     if is_checkpoint(path):
         raise CheckpointError(f"{name} is a checkpoint of mimco's", expected=f"--checkpoint {name}")
     backbone, pooling = load_teacher(name, to_train=False)
+    _try_out(backbone, name)
     return Source(backbone, pooling, path.resolve().name if path.exists() else name)
+
+
+def _try_out(backbone: Backbone, name: str) -> None:
+    """One black image: architectures of timm differ in more ways than their descriptions tell."""
+    side = backbone.config.image_size_px
+    try:
+        with torch.inference_mode():
+            backbone.eval()(torch.zeros(1, 3, side, side))
+    except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{name} as an encoder: {reason}", expected="a model that gives one map") from error
 
 
 def fingerprint(module: EncoderModule) -> str:

@@ -34,7 +34,7 @@ def convert(module: EncoderModule) -> onnx.ModelProto:
     if size > _MAX_BYTES:
         raise ConfigError(f"{size / 2**30:.1f} GiB of weights", expected="at most 2 GiB, which one ONNX file holds")
     example = torch.zeros(2, config.image_size_px, config.image_size_px, 3, dtype=torch.uint8)
-    with _quiet_exporter():
+    with _quiet_exporter(), _plain_attention(module):
         try:
             program = torch.onnx.export(
                 module,
@@ -55,6 +55,19 @@ def convert(module: EncoderModule) -> onnx.ModelProto:
         del node.metadata_props[:]  # where in whose files each line of Python stood
     onnx.checker.check_model(model, full_check=True)
     return model
+
+
+@contextlib.contextmanager
+def _plain_attention(module: EncoderModule) -> Iterator[None]:
+    """Let blocks of timm write attention out: torch exports its own fused one for four axes only."""
+    fused = [part for part in module.modules() if getattr(part, "fused_attn", False) is True]
+    for part in fused:
+        part.fused_attn = False  # type: ignore[assignment]  # a flag, of modules that are timm's own
+    try:
+        yield
+    finally:
+        for part in fused:
+            part.fused_attn = True  # type: ignore[assignment]
 
 
 @contextlib.contextmanager

@@ -86,7 +86,8 @@ class Backbone(nn.Module):
         self.geometry = Geometry()
         self.licence = UNSTATED
         """Of the weights, where those who published them, or the teacher behind them, said so."""
-        self._check_size(config.image_size_px)
+        if body is None:
+            self._check_size(config.image_size_px)
         if frozen_patch_embed:
             self.body.patch_embed.requires_grad_(False)
 

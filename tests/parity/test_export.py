@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import pytest
 import torch
@@ -166,3 +168,23 @@ def test_weights_that_do_not_fit_are_refused_by_name(checkpoint: Checkpoint, tmp
     with pytest.raises(CheckpointError, match=r"blocks\.2"):
         export_encoder(from_checkpoint(read_checkpoint(other)), tmp_path / "encoder")
     assert not (tmp_path / "encoder").exists()
+
+
+@pytest.mark.parametrize("broken", range(8))
+def test_a_number_that_is_none_in_any_golden_embedding_fails_the_proof(bundle: Bundle, broken: int) -> None:
+    golden = bundle.golden
+    found = golden.embeddings.copy()
+    found[broken, 3] = np.nan
+
+    class Encoder:
+        provider, precision, spec = "stand-in", "fp32", bundle.spec
+
+        def embed(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+            matches = (images[:, None] == golden.images[None]).all(axis=(2, 3, 4)).argmax(axis=1)
+            return np.asarray(found[matches], np.float32)
+
+    encoder: Any = Encoder()
+    sound = [number for number in range(8) if number != broken]
+    pictures = Pictures("drawn", golden.images[sound], golden.embeddings[sound])
+    with pytest.raises(ParityError, match="differs by nan"):
+        check_parity(encoder, golden, pictures)

@@ -44,6 +44,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "resnet10t": {},
     "resnet18": {},
     "mobilenetv3_small_050": {},
+    "nest_tiny": {"img_size": 64},
 }
 
 
@@ -157,6 +158,13 @@ def test_a_size_that_no_patch_tiles_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="whole number of tokens"):
         export_encoder(from_model(str(tmp_path / "timm")), tmp_path / "encoder", ExportOptions(image_size_px=50))
     assert not (tmp_path / "encoder").exists()
+
+
+def test_a_model_that_gives_several_maps_is_refused_by_name(tmp_path: Path) -> None:
+    model = timm.create_model("crossvit_tiny_240", num_classes=0)
+    save_for_hf(model, str(tmp_path / "timm"))
+    with pytest.raises(CheckpointError, match=r"timm as an encoder: .*expected a model that gives one map"):
+        from_model(str(tmp_path / "timm"))
 
 
 def test_a_source_that_is_none_is_refused(tmp_path: Path) -> None:
