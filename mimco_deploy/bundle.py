@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import typing
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -143,9 +144,22 @@ class Bundle:
         return self.defaults.get(device, "fp32")
 
 
-def write_contract(folder: Path, spec: EncoderSpec, defaults: Mapping[str, Precision] | None = None) -> None:
-    """Write `encoder.json`, hashing the other files of `folder`: the last step of making or changing a bundle."""
-    files = {name: sha256_of(folder / name) for name in _HASHED if (folder / name).is_file()}
+def write_contract(
+    folder: Path,
+    spec: EncoderSpec,
+    defaults: Mapping[str, Precision] | None = None,
+    precisions: Collection[Precision] = tuple(MODEL_FILES),
+) -> None:
+    """Write `encoder.json`, hashing the other files of `folder`: the last step of making or changing a bundle.
+
+    Args:
+        folder: of the bundle.
+        spec: the contract.
+        defaults: see `Bundle`.
+        precisions: whose graphs count, where they are there.
+    """
+    others = [name for precision, name in MODEL_FILES.items() if precision not in precisions]
+    files = {name: sha256_of(folder / name) for name in _HASHED if name not in others and (folder / name).is_file()}
     document = {"format_version": FORMAT_VERSION, **asdict(spec), "defaults": dict(defaults or {}), "files": files}
     document["checksum"] = checksum_of(document)
     write_bytes(folder / SPEC_FILE, (json.dumps(document, indent=2) + "\n").encode())
@@ -194,7 +208,7 @@ def _read_contract(path: Path) -> tuple[EncoderSpec, dict[str, Precision], dict[
     try:
         if path.stat().st_size > _MAX_CONTRACT_BYTES:
             raise ValueError(f"more than {_MAX_CONTRACT_BYTES:,} bytes")
-        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=without_repeats)
         version = document["format_version"]
         if version != FORMAT_VERSION:
             raise BundleError(f"{path} has format version {version}", expected=str(FORMAT_VERSION), command=_EXPORT)
@@ -202,8 +216,9 @@ def _read_contract(path: Path) -> tuple[EncoderSpec, dict[str, Precision], dict[
         if stated != checksum_of(document):
             raise ValueError("its checksum is not that of its content")
         files, defaults = document.pop("files"), document.pop("defaults")
-        if not set(files.keys()) <= set(_HASHED) or not set(defaults.values()) <= set(typing.get_args(Precision)):
-            raise ValueError("files or precisions that no bundle has")
+        there = {precision for precision, name in MODEL_FILES.items() if name in files}
+        if not set(files.keys()) <= set(_HASHED) or not set(defaults.values()) <= there:
+            raise ValueError("files that no bundle has, or a default precision that this one has not")
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise BundleError(
             f"{path} cannot be read ({error!r})", expected="an encoder contract", command=_EXPORT
@@ -212,6 +227,8 @@ def _read_contract(path: Path) -> tuple[EncoderSpec, dict[str, Precision], dict[
     hints = typing.get_type_hints(EncoderSpec)
     wrong = {item.name for item in fields(EncoderSpec)} ^ set(document)
     wrong |= {name for name, value in document.items() if name in hints and not _fits(hints[name], value)}
+    if not re.fullmatch("[0-9a-f]{64}", str(document.get("fingerprint"))):
+        wrong.add("fingerprint")
     if wrong:
         raise BundleError(
             f"{path} differs in its keys ({', '.join(sorted(wrong))})", expected="those of the format", command=_EXPORT
@@ -222,6 +239,8 @@ def _read_contract(path: Path) -> tuple[EncoderSpec, dict[str, Precision], dict[
 def _fits(kind: Any, value: object) -> bool:
     if choices := typing.get_args(kind):
         return value in choices
+    if isinstance(value, bool):
+        return False
     if kind is float:
         return isinstance(value, float | int) and 0 < value <= 1
     if kind is int:
@@ -235,8 +254,9 @@ def _read_golden(path: Path, spec: EncoderSpec) -> Golden:
             if sum(info.file_size for info in archive.infolist()) > _MAX_GOLDEN_BYTES:
                 raise ValueError(f"more than {_MAX_GOLDEN_BYTES:,} bytes")
         with np.load(path, allow_pickle=False) as arrays:
-            images, embeddings = arrays["images"], arrays["embeddings"]
-    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+            images: Any = np.atleast_1d(arrays["images"])
+            embeddings: Any = arrays["embeddings"]
+    except Exception as error:  # NumPy's reader of broken headers raises nearly anything
         raise BundleError(f"{path} cannot be read ({error})", expected="golden pictures", command=_EXPORT) from error
     count, side = len(images), spec.image_size_px
     if not (
@@ -251,6 +271,13 @@ def _read_golden(path: Path, spec: EncoderSpec) -> Golden:
             command=_EXPORT,
         )
     return Golden(images, embeddings)
+
+
+def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; ValueError where a key comes twice, of which readers would see one or the other."""
+    if len(dict(pairs)) != len(pairs):
+        raise ValueError("a key comes twice")
+    return dict(pairs)
 
 
 def checksum_of(document: Mapping[str, object]) -> str:

@@ -7,7 +7,6 @@ encoder can have. Standard library only.
 from __future__ import annotations
 
 import contextlib
-import gzip
 import lzma
 import os
 import shutil
@@ -29,10 +28,10 @@ _MAX_BYTES = 16 << 30
 _DEPTH = 3
 """A folder around the bundle, and `engines/` in it."""
 _CHUNK = 1 << 20
+_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 _BROKEN = (
-    *(zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, struct.error),
-    *(EOFError, ValueError, NotImplementedError),
-    *(FileExistsError, NotADirectoryError, IsADirectoryError),  # two members of one name
+    *(zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, struct.error),
+    *(EOFError, ValueError, NotImplementedError, OSError),  # OSError: gzip's and bzip2's, two members of one name
 )
 
 
@@ -45,8 +44,8 @@ class Unpacked:
 
 
 def is_archive(path: Path) -> bool:
-    """Whether a name is that of an archive, such as `.zip`, `.tar` or `.tar.gz`."""
-    return ".tar" in path.suffixes[-2:] or path.suffix in (".zip", ".tgz")
+    """Whether a name is that of an archive: `.zip`, `.tar`, `.tar.gz`, `.tgz`, `.tar.bz2` or `.tar.xz`."""
+    return path.name.lower().endswith(_SUFFIXES)
 
 
 def unpack(path: Path) -> Unpacked:
@@ -59,7 +58,7 @@ def unpack(path: Path) -> Unpacked:
         raise BundleError(f"no encoder in {path}", expected="an archive", command=f"mimco export --output {path}")
     unpacked = Unpacked()
     try:
-        members = _zip_members(path) if path.suffix == ".zip" else _tar_members(path)
+        members = _zip_members(path) if path.suffix.lower() == ".zip" else _tar_members(path)
         with contextlib.closing(members):
             _write(members, unpacked.path)
         _leave_outer_folder(unpacked.path)
@@ -75,12 +74,12 @@ def pack(folder: Path, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     try:
-        if path.suffix == ".zip":
+        if path.suffix.lower() == ".zip":
             with zipfile.ZipFile(temporary, "w") as archive:  # stored: weights do not shrink
                 for file in files:
                     archive.write(file, file.relative_to(folder).as_posix())
         else:
-            compression = path.suffix.removeprefix(".").replace("tgz", "gz").replace("tar", "")
+            compression = path.suffix.lower().removeprefix(".").replace("tgz", "gz").replace("tar", "")
             with tarfile.open(temporary, f"w:{compression}") as tar:  # type: ignore[call-overload]
                 for file in files:
                     tar.add(file, file.relative_to(folder).as_posix())
@@ -132,11 +131,12 @@ def _write(members: Iterator[tuple[str, IO[bytes]]], folder: Path) -> None:
                 out.write(chunk)
 
 
-def _leave_outer_folder(folder: Path) -> None:
-    """Archives are often made of the folder itself: move its content up."""
-    inside = list(folder.iterdir())
-    if len(inside) == 1 and inside[0].is_dir():
-        outer = inside[0].rename(folder / ".outer")  # no name of its own is in the way
-        for child in outer.iterdir():
-            shutil.move(child, folder / child.name)
-        outer.rmdir()
+def _leave_outer_folder(folder: Path, contract: str = "encoder.json") -> None:
+    """Archives are often made of the folder itself, some with a system's own files beside it: move its content up."""
+    outer = [child for child in folder.iterdir() if (child / contract).is_file()]
+    if (folder / contract).is_file() or len(outer) != 1:
+        return
+    inside = outer[0].rename(folder / ".outer")  # no name of its own is in the way
+    for child in inside.iterdir():
+        shutil.move(child, folder / child.name)
+    inside.rmdir()

@@ -16,7 +16,15 @@ import click
 
 from mimco_deploy import __version__
 from mimco_deploy.atomic import current_dir
-from mimco_deploy.errors import ConfigError, IndexStoreError, MimcoError, MissingExtraError, WorkspaceError
+from mimco_deploy.bundle_archive import is_archive
+from mimco_deploy.errors import (
+    ConfigError,
+    IndexStoreError,
+    MimcoError,
+    MissingExtraError,
+    ProviderError,
+    WorkspaceError,
+)
 from mimco_deploy.workspace import Workspace, find_workspace
 
 if TYPE_CHECKING:
@@ -269,7 +277,7 @@ class _Numbers(click.ParamType):  # type: ignore[type-arg]  # generic in newer c
         if isinstance(value, tuple):
             return value
         parts = str(value).split(",")
-        if not all(part.isdigit() for part in parts) or len(parts) != (self._count or len(parts)):
+        if not all(part.isascii() and part.isdigit() for part in parts) or len(parts) != (self._count or len(parts)):
             self.fail(f"{value} is not {self._count or 'one or more'} numbers with commas between them", param, ctx)
         return tuple(map(int, parts))
 
@@ -341,14 +349,20 @@ def export(
         raise click.UsageError("--checkpoint and --model are two sources; give one.")
     folder = output or workspace.encoder
     engine = {name: options.pop(name) for name in ("profile", "workspace_mib", "compute_capability", "emit_trtexec")}
+    if target == "onnx" and triton is not None and is_archive(folder):
+        raise click.UsageError("--triton takes a folder as --output.")
+    if target == "onnx" and (engine["emit_trtexec"] or engine["compute_capability"] or engine["workspace_mib"]):
+        raise click.UsageError("Options of engines go with --format tensorrt or tensorrt-rtx.")
     if target != "onnx":
         _export_engines(workspace, folder, target, precisions or ("fp16",), triton, as_json, engine, options)
         return
     exported = _export_onnx(workspace, folder, precisions, **options)
     if triton is not None:
+        from mimco_deploy.bundle import read_bundle
         from mimco_deploy.export.triton import write_repository
 
-        write_repository(triton, exported.spec, folder / "model.onnx", engine["profile"][2])
+        bundle = read_bundle(folder)
+        write_repository(triton, bundle, bundle.model("fp32"), engine["profile"][2])
     if as_json:
         _print_json({"bundle": folder, "format": target, **exported.document()})
     else:
@@ -399,7 +413,9 @@ def _export_engines(
     source: dict[str, Any],
 ) -> None:
     """Engines in a bundle, which is exported first where it is not there, or older than the student."""
-    from mimco_deploy.export.engines import EngineOptions, build_engine, bundle_is_current, trtexec_command
+    from mimco_deploy.bundle import read_bundle
+    from mimco_deploy.export.engines import build_engine, bundle_is_current
+    from mimco_deploy.export.to_tensorrt import EngineOptions, gpus_to_build_for, trtexec_command
     from mimco_deploy.serving.trt import load_trt
     from mimco_deploy.terminal import counting_bar
 
@@ -412,8 +428,11 @@ def _export_engines(
         )
         for precision in precisions
     ]
+    _check_engine_usage(target, engine, as_json, triton, len(wanted))
     trt = None if engine["emit_trtexec"] else load_trt(target)  # before anything that takes long
-    given = any(source[name] for name in ("checkpoint", "model", "image_size", "with_patches"))
+    if trt is not None:
+        gpus_to_build_for(trt, target, wanted[0])
+    given = any(source.values())
     if given or not bundle_is_current(folder, precisions, workspace.stage2 / "last"):
         exported = _export_onnx(workspace, folder, precisions, **source)
         if exported.refused:
@@ -421,10 +440,8 @@ def _export_engines(
         if not as_json and trt is not None:
             _print_exported(folder, exported)
     if trt is None:
-        if target != "tensorrt":
-            raise click.UsageError("--emit-trtexec goes with --format tensorrt.")
         for options in wanted:
-            click.echo(shlex.join(trtexec_command(folder, options)))
+            click.echo(shlex.join(trtexec_command(read_bundle(folder), options)))
         return
     for options in wanted:
         with counting_bar(f"{target} {options.precision}") as show:
@@ -433,6 +450,16 @@ def _export_engines(
             _print_json({"bundle": folder, "format": target, **built.document()})
         else:
             click.echo(built.sentence())
+
+
+def _check_engine_usage(
+    target: str, engine: dict[str, Any], as_json: bool, triton: Path | None, precisions: int
+) -> None:
+    """Options that say nothing together are refused, not ignored."""
+    if engine["emit_trtexec"] and (target != "tensorrt" or as_json or triton or engine["compute_capability"]):
+        raise click.UsageError("--emit-trtexec goes with --format tensorrt, and prints a command alone.")
+    if triton is not None and precisions > 1:
+        raise click.UsageError("--triton takes one --precision.")
 
 
 def _trained_student(workspace: Workspace) -> Path:
@@ -509,6 +536,8 @@ def bench(
 
     path = encoder or workspace.encoder
     bundle = read_bundle(path)
+    if pick:
+        benching.check_can_pick(path)
     spec = bundle.spec
     geometry = (spec.image_size_px, spec.crop_share, spec.interpolation)
     pictures = (
@@ -523,6 +552,8 @@ def bench(
             variants += _torch_variants(workspace, spec, source, name)
     with counting_bar("bench") as show:
         rows, failures = benching.measure(variants, pictures, batch_sizes, show)
+    if not any(row.in_bundle for row in rows):
+        raise ProviderError(failures[0].found if failures else "nothing ran", command="mimco doctor")
     defaults = benching.pick(path, rows) if pick else dict(bundle.defaults)
     if as_json:
         _print_json({**benching.document(rows, failures, len(pictures), check), "defaults": defaults})

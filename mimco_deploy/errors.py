@@ -45,7 +45,7 @@ class MimcoError(Exception):
             parts.append(f"expected {expected}")
         if command:
             parts.append(f"run: {command}")
-        super().__init__("; ".join(parts))
+        super().__init__(" ".join("; ".join(parts).split("\n")))  # one line, whatever a name or a library holds
 
 
 class WorkspaceError(MimcoError):

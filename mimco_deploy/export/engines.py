@@ -11,14 +11,11 @@ from typing import Any
 from mimco_deploy.atomic import current_dir
 from mimco_deploy.bundle import SPEC_FILE, Precision, read_bundle
 from mimco_deploy.bundle_archive import is_archive
-from mimco_deploy.errors import BundleError, ConfigError
+from mimco_deploy.errors import ConfigError
 from mimco_deploy.export.to_tensorrt import EngineOptions, ensure_engine, plan_engine
-from mimco_deploy.export.to_tensorrt import trtexec_command as _trtexec_command
 from mimco_deploy.export.triton import write_repository
 from mimco_deploy.serving.engines import Engine
 from mimco_deploy.serving.trt import Flavour
-
-__all__ = ["BuiltEngine", "EngineOptions", "build_engine", "bundle_is_current", "trtexec_command"]
 
 
 @dataclass(frozen=True)
@@ -54,8 +51,11 @@ def bundle_is_current(folder: Path, precisions: Sequence[Precision], student: Pa
     """Whether a bundle holds the graphs to build from, and is no older than the workspace's student.
 
     Raises:
-        BundleError: there is a bundle, and it is broken.
+        BundleError: there is a bundle, and it is broken; or it is not the student's, and has no such graph.
+        ConfigError: it is an archive.
     """
+    if is_archive(folder):
+        raise ConfigError(f"an engine in the archive {folder}", expected="a folder as --output")
     contract = current_dir(folder) / SPEC_FILE
     trained = current_dir(student) / "config.json"
     if not contract.is_file():
@@ -63,7 +63,7 @@ def bundle_is_current(folder: Path, precisions: Sequence[Precision], student: Pa
             read_bundle(folder)  # says that there is none
         return False
     bundle = read_bundle(folder)
-    if not trained.is_file():
+    if not trained.is_file() or not bundle.spec.weights_source.startswith("mimco stage2"):
         for precision in precisions:
             bundle.model(precision)  # says what is missing
         return True
@@ -90,11 +90,9 @@ def build_engine(
         on_progress: called with done and total steps of a phase, over and over.
 
     Raises:
-        ConfigError: the bundle is an archive; nothing to build for.
+        ConfigError: nothing to build for.
         EngineError: see `ensure_engine`.
     """
-    if is_archive(folder):
-        raise ConfigError(f"an engine in the archive {folder}", expected="a folder as --output")
     bundle = read_bundle(folder)
     spec = plan_engine(trt, flavour, bundle, options)
 
@@ -105,16 +103,5 @@ def build_engine(
     engine, is_new = ensure_engine(trt, bundle, spec, show)
     repository = None
     if triton is not None:
-        repository = write_repository(triton, bundle.spec, engine.plan, spec.max_batch)
+        repository = write_repository(triton, bundle, engine.plan, spec.max_batch)
     return BuiltEngine(engine, is_new, repository)
-
-
-def trtexec_command(folder: Path, options: EngineOptions) -> list[str]:
-    """The command of TensorRT's own tool that builds the same engine.
-
-    Raises:
-        BundleError: the bundle is broken or has no such graph.
-    """
-    if is_archive(folder):
-        raise BundleError(f"{folder} is an archive", expected="a folder, whose graph the tool can read")
-    return _trtexec_command(read_bundle(folder), options)

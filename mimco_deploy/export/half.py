@@ -89,6 +89,8 @@ class _Retyping:
     constants: dict[str, onnx.TensorProto] = field(default_factory=dict)
     now: dict[str, int] = field(default_factory=dict)
     """Tensor → the type that it has by now."""
+    normalising: set[str] = field(default_factory=set)
+    """Tensors that come of an L2 norm: what they divide is divided in fp32."""
 
     def run(self) -> onnx.ModelProto:
         graph = self.model.graph
@@ -109,6 +111,8 @@ class _Retyping:
                     copy.input[number] = self._as(name, kind)
             self.nodes.append(copy)
             self.now.update({name: kind for name in node.output if before.get(name) == TensorProto.FLOAT})
+            if node.op_type == "ReduceL2" or self.normalising & set(node.input):
+                self.normalising.update(node.output)
         for output in graph.output:
             if self.now[output.name] != TensorProto.FLOAT:
                 self._give_out_fp32(output.name)
@@ -122,6 +126,8 @@ class _Retyping:
             or node.op_type in IN_FP32
             or not _takes(node, list(node.input).index(floats[0]), self.half, opset)
         ):
+            return TensorProto.FLOAT
+        if self.normalising & set(floats):
             return TensorProto.FLOAT
         reached = any(self.now[name] == self.half for name in floats if name not in self.constants)
         return self.half if node.op_type in PRODUCTS or reached else TensorProto.FLOAT

@@ -22,6 +22,7 @@ from mimco_deploy.serving.encoders.onnx import OnnxEncoder
 
 BATCH_SIZES = (1, 2, 5)
 MAX_BATCH = 32
+PATCH_PICTURES = 2
 EMULATED = "rounding emulated"
 
 
@@ -78,6 +79,8 @@ class Pictures:
     """[N, H, W, 3]"""
     embeddings: npt.NDArray[np.float32]
     """[N, D]"""
+    golden_patches: npt.NDArray[np.float32] | None = None
+    """[`PATCH_PICTURES`, L, width], patch tokens of the first golden pictures, where the graph gives them."""
 
 
 def check_parity(encoder: Encoder, golden: Golden, pictures: Pictures) -> ArtefactParity:
@@ -95,7 +98,12 @@ def check_parity(encoder: Encoder, golden: Golden, pictures: Pictures) -> Artefa
     report = ArtefactParity(
         precision, encoder.provider, TOLERANCES[precision], tuple(batches), pictures.origin, neighbours
     )
-    if breaches := report.breaches():
+    breaches = report.breaches()
+    if pictures.golden_patches is not None and isinstance(encoder, OnnxEncoder):
+        cosine = _least_cosine(encoder.embed_with_patches(golden.images[:PATCH_PICTURES])[1], pictures.golden_patches)
+        if not cosine >= TOLERANCES[precision].min_cosine:
+            breaches.append(f"patch tokens have cosine {cosine:.6f} (at least {TOLERANCES[precision].min_cosine})")
+    if breaches:
         raise ParityError(
             f"the {precision} graph is not what torch computes, on {encoder.provider}: {', '.join(breaches)}",
             expected="the tolerance of its precision",
@@ -137,6 +145,12 @@ def read_parity(path: Path) -> tuple[ArtefactParity, ...]:
         )
         for entry in document["artefacts"]
     )
+
+
+def _least_cosine(found: npt.NDArray[np.float32], reference: npt.NDArray[np.float32]) -> float:
+    """Of pictures' patch tokens, all those of a picture together: single ones can be next to nothing."""
+    pairs = zip(found.astype(np.float64), reference.astype(np.float64), strict=True)
+    return float(np.min([np.sum(a * b) / (np.linalg.norm(a) * np.linalg.norm(b)) for a, b in pairs]))
 
 
 def _in_batches(encoder: Encoder, images: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.float32]:

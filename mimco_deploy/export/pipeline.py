@@ -22,6 +22,7 @@ from mimco_deploy.bundle import (
     CARD_FILE,
     MODEL_FILES,
     PARITY_FILE,
+    SPEC_FILE,
     Bundle,
     EncoderSpec,
     Golden,
@@ -31,10 +32,11 @@ from mimco_deploy.bundle import (
     write_golden,
 )
 from mimco_deploy.bundle_archive import is_archive, pack
-from mimco_deploy.errors import BundleError, ParityError
+from mimco_deploy.errors import BundleError, ConfigError, ParityError
 from mimco_deploy.export.card import bundle_licence, model_card
 from mimco_deploy.export.half import to_half
 from mimco_deploy.export.parity import (
+    PATCH_PICTURES,
     ArtefactParity,
     Pictures,
     check_half_without_gpu,
@@ -43,9 +45,10 @@ from mimco_deploy.export.parity import (
     write_parity,
 )
 from mimco_deploy.export.quantize import quantize
-from mimco_deploy.export.student import EncoderModule, Source, fingerprint
+from mimco_deploy.export.student import EncoderModule, Source, fingerprint, try_out
 from mimco_deploy.export.to_onnx import OPSET, convert
 from mimco_deploy.serving.encoders.onnx import OnnxEncoder
+from mimco_deploy.serving.engines import ENGINES
 from mimco_deploy.serving.sample import draw_pictures, sample_folder
 
 logger = logging.getLogger(__name__)
@@ -123,13 +126,43 @@ def export_encoder(source: Source, target: Path, options: ExportOptions | None =
         ParityError: the fp32 graph does not answer as torch does.
     """
     options = options or ExportOptions()
+    target = target.absolute() if target.name not in ("", "..") else target.resolve()
+    _refuse_what_is_no_bundle(target)
     if is_archive(target):
         with tempfile.TemporaryDirectory() as folder:
-            exported = export_encoder(source, Path(folder) / "encoder", options)
+            exported = _export(source, Path(folder) / "encoder", target, options)
             pack(Path(folder) / "encoder", target)
         return exported
+    return _export(source, target, target, options)
+
+
+def _refuse_what_is_no_bundle(target: Path) -> None:
+    """A bundle takes the place of a bundle, and of nothing else that a person may have there.
+
+    Raises:
+        ConfigError: something else is there.
+    """
+    expected = "a new name, or a bundle to replace"
+    if target == Path.cwd() or target in Path.cwd().parents:
+        raise ConfigError(f"{target} is the current folder or holds it", expected=expected)
+    if not target.exists():
+        return
+    if target.is_dir() and not is_archive(target):
+        whole = not any(target.iterdir()) or (target / SPEC_FILE).is_file()
+    else:
+        try:
+            whole = bool(read_bundle(target).precisions)
+        except BundleError:
+            whole = False
+    if not whole:
+        raise ConfigError(f"{target} is there and is no bundle", expected=expected)
+
+
+def _export(source: Source, target: Path, older: Path, options: ExportOptions) -> Exported:
+    """Write the folder `target`, with what the bundle `older` has of the same encoder."""
     if options.image_size_px is not None:
         source.backbone.resize(options.image_size_px)
+        try_out(source.backbone, f"{source.backbone.config.name} at {options.image_size_px} px")
     module = EncoderModule(source.backbone, source.pooling, with_patches=options.with_patches)
     material = _Material.gather(module, options)
     spec = _describe(module, source, options.licence, material.golden)
@@ -149,7 +182,7 @@ def export_encoder(source: Source, target: Path, options: ExportOptions | None =
             except ParityError as error:
                 (staging / MODEL_FILES[precision]).unlink(missing_ok=True)
                 refused.append(error)
-        defaults = _keep_others(target, staging, spec, artefacts)
+        defaults = _keep_others(older, staging, spec, artefacts)
         write_parity(staging / PARITY_FILE, artefacts)
         (staging / CARD_FILE).write_text(model_card(spec, source, artefacts), encoding="utf-8")
         write_contract(staging, spec, defaults)
@@ -177,9 +210,12 @@ class _Material:
             kept = min(CALIBRATION_PICTURES, len(sample) // 3) if "int8" in options.precisions else 0
             origin, pictures = "folder", sample[kept:][:CHECK_PICTURES]  # never those it was calibrated on
             calibration = sample[:kept] if kept else None
-        return cls(
-            Golden(golden, _embed(module, golden)), Pictures(origin, pictures, _embed(module, pictures)), calibration
-        )
+        tokens = None
+        if module.with_patches:
+            with torch.inference_mode():
+                tokens = module(torch.from_numpy(golden[:PATCH_PICTURES]))[1].numpy()
+        checked = Pictures(origin, pictures, _embed(module, pictures), tokens)
+        return cls(Golden(golden, _embed(module, golden)), checked, calibration)
 
 
 def _embed(module: EncoderModule, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
@@ -277,7 +313,7 @@ def _keep_others(
     try:
         old = read_bundle(target)
         proofs = {proof.precision: proof for proof in read_parity(old.path / PARITY_FILE)}
-    except (BundleError, OSError):
+    except (BundleError, OSError, ValueError, KeyError, TypeError):  # the proofs of a bundle need not be ours
         return {}
     if old.spec != spec:
         return {}
@@ -286,5 +322,7 @@ def _keep_others(
         if precision not in made and precision in proofs:
             shutil.copyfile(old.model(precision), staging / MODEL_FILES[precision])
             artefacts.append(proofs[precision])
+    if (old.path / ENGINES).is_dir():  # each says which graph it is of
+        shutil.copytree(old.path / ENGINES, staging / ENGINES)
     there = {artefact.precision for artefact in artefacts}
     return {device: precision for device, precision in old.defaults.items() if precision in there}

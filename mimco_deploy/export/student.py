@@ -92,12 +92,16 @@ def from_model(name: str) -> Source:
     if is_checkpoint(path):
         raise CheckpointError(f"{name} is a checkpoint of mimco's", expected=f"--checkpoint {name}")
     backbone, pooling = load_teacher(name, to_train=False)
-    _try_out(backbone, name)
+    try_out(backbone, name)
     return Source(backbone, pooling, path.resolve().name if path.exists() else name)
 
 
-def _try_out(backbone: Backbone, name: str) -> None:
-    """One black image: architectures of timm differ in more ways than their descriptions tell."""
+def try_out(backbone: Backbone, name: str) -> None:
+    """Encode one black image: architectures of timm differ in more ways than their descriptions tell.
+
+    Raises:
+        CheckpointError: it cannot be encoded.
+    """
     side = backbone.config.image_size_px
     try:
         with torch.inference_mode():
@@ -111,6 +115,8 @@ def fingerprint(module: EncoderModule) -> str:
     """SHA-256 over all that decides an embedding: weights, architecture, pooling and geometry."""
     backbone = module.backbone
     contract = {**asdict(backbone.config), **backbone.geometry._asdict(), "pooling": module.pooling}
+    if backbone.built_with:
+        contract["built_with"] = backbone.built_with
     weights = weights_hash(backbone.state_dict())
     return hashlib.sha256(f"{json.dumps(contract, sort_keys=True)}\n{weights}".encode()).hexdigest()
 

@@ -7,7 +7,9 @@ typed, so an engine has the types that the graph states, and those are read back
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
+import re
 import signal
 import threading
 from collections import Counter
@@ -30,7 +32,14 @@ Progress = Callable[[str, int, int], None]
 PRECISIONS: dict[Precision, str] = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}
 """What an engine can be made of, and TensorRT's name of the type."""
 _PRODUCTS = ("MATRIX_MULTIPLY", "CONVOLUTION", "DECONVOLUTION")
+_PRODUCT_LAYER = re.compile("gemm|conv|matrix|matmul", re.IGNORECASE)
+_BUILT_NAMES: dict[Precision, set[str]] = {
+    "fp32": {"float", "fp32"},
+    "fp16": {"half", "fp16"},
+    "bf16": {"bf16", "bfloat16"},
+}
 _LISTED = 5
+_MAX_WORKSPACE_MIB = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,16 +59,17 @@ class EngineOptions:
         least, usual, most = self.profile
         if not 1 <= least <= usual <= most:
             raise ConfigError(f"profile {least},{usual},{most}", expected="1 ≤ least ≤ most usual ≤ largest batch")
+        if self.workspace_mib > _MAX_WORKSPACE_MIB:
+            raise ConfigError(f"a workspace of {self.workspace_mib} MiB", expected=f"at most {_MAX_WORKSPACE_MIB}")
         if self.precision not in PRECISIONS:
             raise ConfigError(f"an engine in {self.precision}", expected=f"--precision {' or '.join(PRECISIONS)}")
 
 
-def plan_engine(trt: Any, flavour: Flavour, bundle: Bundle, options: EngineOptions) -> EngineSpec:
-    """All that the engine will depend on.
+def gpus_to_build_for(trt: Any, flavour: Flavour, options: EngineOptions) -> tuple[str, tuple[int, ...]]:
+    """Name of the GPU here, empty for an engine that is built ahead of time, and the compute capabilities.
 
     Raises:
         ConfigError: there is no GPU and none is named, or one that this TensorRT does not build for.
-        BundleError: the bundle has no graph of the precision.
     """
     gpu = gpu_here()
     ahead = tuple(sorted(set(options.compute_capabilities)))
@@ -71,7 +81,19 @@ def plan_engine(trt: Any, flavour: Flavour, bundle: Bundle, options: EngineOptio
     if gpu is None and not ahead:
         expected = "--compute-capability, such as 89,120" if flavour == "tensorrt-rtx" else "an NVIDIA GPU"
         raise ConfigError("no GPU to build for", expected=expected)
-    capabilities = ahead or ((gpu.compute_capability,) if gpu else ())
+    if ahead or gpu is None:
+        return "", ahead
+    return gpu.name, (gpu.compute_capability,)
+
+
+def plan_engine(trt: Any, flavour: Flavour, bundle: Bundle, options: EngineOptions) -> EngineSpec:
+    """All that the engine will depend on.
+
+    Raises:
+        ConfigError: see `gpus_to_build_for`.
+        BundleError: the bundle has no graph of the precision.
+    """
+    gpu, capabilities = gpus_to_build_for(trt, flavour, options)
     least, usual, most = options.profile
     return EngineSpec(
         flavour=flavour,
@@ -82,7 +104,7 @@ def plan_engine(trt: Any, flavour: Flavour, bundle: Bundle, options: EngineOptio
         opt_batch=usual,
         max_batch=most,
         workspace_mib=options.workspace_mib,
-        gpu="" if ahead or gpu is None else gpu.name,
+        gpu=gpu,
         compute_capabilities=capabilities,
     )
 
@@ -108,7 +130,8 @@ def ensure_engine(
     try:
         return engine_for(bundle, spec), False
     except EngineError as stale:
-        logger.info("building %s: %s", spec.name, stale.found)
+        there = (bundle.path / ENGINES / f"{spec.name}.plan").exists()
+        logger.log(logging.WARNING if there else logging.INFO, "building %s: %s", spec.name, stale.found)
     log = new_log(trt)
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -144,7 +167,8 @@ def trtexec_command(bundle: Bundle, options: EngineOptions) -> list[str]:
         "--stronglyTyped",
         *(f"--{name}Shapes={INPUT_NAME}:{batch}x{side}x{side}x3" for name, batch in shapes.items()),
         *limit,
-        f"--saveEngine={bundle.path / ENGINES / model.with_suffix('.plan').name}",
+        "--noTF32",
+        f"--saveEngine={model.with_suffix('.plan')}",
     ]
 
 
@@ -190,6 +214,7 @@ def _configure(trt: Any, builder: Any, bundle: Bundle, spec: EngineSpec) -> Any:
     shapes = [(batch, side, side, 3) for batch in (spec.min_batch, spec.opt_batch, spec.max_batch)]
     profile.set_shape(INPUT_NAME, *shapes)
     config.add_optimization_profile(profile)
+    config.clear_flag(trt.BuilderFlag.TF32)  # which leaves 10 bits of each factor, and no fp32 within its tolerance
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # so that types can be read back
     if spec.workspace_mib:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, spec.workspace_mib << 20)
@@ -278,9 +303,33 @@ def _check_built(trt: Any, log: Any, plan: bytes, spec: EngineSpec) -> None:
     if engine is None:
         raise _failed(spec, "cannot load what it built", log.errors)
     told = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
-    names = {"fp32": ("Float", "FP32"), "fp16": ("Half", "FP16"), "bf16": ("BF16", "BFloat16")}[spec.precision]
-    if not any(name in told for name in names):
-        raise _failed(spec, f"built an engine without a layer in {spec.precision}", [told[:200]])
+    check_built_types(told, spec.precision)
+
+
+def check_built_types(told: str, precision: Precision) -> None:
+    """Whether the products of a built engine give the type asked for.
+
+    Args:
+        told: what the engine inspector says, JSON. Layers that were fused go by the type of their outputs.
+        precision: asked for.
+
+    Raises:
+        EngineError: a product gives another type, or nothing in the engine gives this one; lists layers.
+    """
+    entries = [entry for entry in json.loads(told).get("Layers", []) if isinstance(entry, dict)]
+    gives = {str(entry.get("Name")): _types_given(entry) for entry in entries}
+    products = {str(entry.get("Name")) for entry in entries if _PRODUCT_LAYER.search(str(entry.get("LayerType")))}
+    names = _BUILT_NAMES[precision]
+    wrong = [f"{name} is {'/'.join(sorted(gives[name]))}" for name in sorted(products) if not gives[name] & names]
+    if wrong or not any(types & names for types in gives.values()):
+        listed = ", ".join(wrong[:_LISTED]) or f"none of {len(entries)} layers is"
+        raise EngineError(f"asked for {precision}, but in the built engine {listed}", expected=PRECISIONS[precision])
+
+
+def _types_given(entry: Mapping[str, Any]) -> set[str]:
+    """The words in which the inspector tells the types of a layer's outputs."""
+    told = (str(value) for output in entry.get("Outputs", []) for key, value in output.items() if "type" in key.lower())
+    return {word for text in told for word in text.lower().split()}
 
 
 def _failed(spec: EngineSpec, what: str, reasons: list[str]) -> EngineError:

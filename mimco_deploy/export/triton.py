@@ -2,34 +2,42 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
-from mimco_deploy.atomic import staged_dir
-from mimco_deploy.bundle import EncoderSpec
+import onnx
+
+from mimco_deploy.atomic import write_bytes
+from mimco_deploy.bundle import Bundle
+from mimco_deploy.errors import ConfigError
 from mimco_deploy.serving.encoders.onnx import INPUT_NAME, OUTPUT_NAME, PATCHES_NAME
 
 MODEL_NAME = "mimco_encoder"
 
 
-def write_repository(folder: Path, spec: EncoderSpec, model: Path, max_batch: int, patch_width: int = 0) -> Path:
-    """Write `<folder>/mimco_encoder/` with its first version.
+def write_repository(folder: Path, bundle: Bundle, model: Path, max_batch: int) -> Path:
+    """Write `<folder>/mimco_encoder/` with its first version; other versions that are there stay.
 
     Args:
         folder: the repository.
-        spec: of the bundle.
-        model: a `.plan` or an `.onnx` file.
+        bundle: whose encoder it is.
+        model: a `.plan` or an `.onnx` file of it.
         max_batch: largest batch to serve.
-        patch_width: of patch tokens, where the graph gives them.
 
     Returns:
         The model's folder.
+
+    Raises:
+        ConfigError: another thing than a model of Triton's is there.
     """
+    target = folder / MODEL_NAME
+    if target.exists() and not (target / "config.pbtxt").is_file() and (target.is_file() or any(target.iterdir())):
+        raise ConfigError(f"{target} is there and is no model of Triton's", expected="a new folder")
+    spec = bundle.spec
     is_plan = model.suffix == ".plan"
     side = spec.image_size_px
     outputs = [_tensor(OUTPUT_NAME, "TYPE_FP32", [spec.embedding_dim])]
     if spec.patch_grid:
-        outputs.append(_tensor(PATCHES_NAME, "TYPE_FP32", [spec.patch_grid**2, patch_width]))
+        outputs.append(_tensor(PATCHES_NAME, "TYPE_FP32", [spec.patch_grid**2, _patch_width(bundle)]))
     lines = [
         f'name: "{MODEL_NAME}"',
         f'platform: "{"tensorrt_plan" if is_plan else "onnxruntime_onnx"}"',
@@ -38,12 +46,15 @@ def write_repository(folder: Path, spec: EncoderSpec, model: Path, max_batch: in
         f"output [ {', '.join(outputs)} ]",
         "dynamic_batching { max_queue_delay_microseconds: 2000 }",
     ]
-    target = folder / MODEL_NAME
-    with staged_dir(target) as staging:
-        (staging / "1").mkdir()
-        shutil.copyfile(model, staging / "1" / ("model.plan" if is_plan else "model.onnx"))
-        (staging / "config.pbtxt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (target / "1").mkdir(parents=True, exist_ok=True)
+    write_bytes(target / "1" / ("model.plan" if is_plan else "model.onnx"), model.read_bytes())
+    write_bytes(target / "config.pbtxt", ("\n".join(lines) + "\n").encode())
     return target
+
+
+def _patch_width(bundle: Bundle) -> int:
+    outputs = {value.name: value for value in onnx.load(bundle.model("fp32")).graph.output}
+    return int(outputs[PATCHES_NAME].type.tensor_type.shape.dim[2].dim_value)
 
 
 def _tensor(name: str, kind: str, dims: list[int]) -> str:

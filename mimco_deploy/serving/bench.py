@@ -15,7 +15,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -23,9 +22,11 @@ import numpy as np
 import numpy.typing as npt
 
 from mimco_deploy.bundle import TOLERANCES, Bundle, Precision, read_bundle, write_contract
-from mimco_deploy.errors import BundleError, MimcoError
+from mimco_deploy.bundle_archive import is_archive
+from mimco_deploy.errors import BundleError
 from mimco_deploy.serving.agreement import Embeddings, compare
 from mimco_deploy.serving.doctor import installed
+from mimco_deploy.serving.encoders.proof import first_line
 from mimco_deploy.serving.engines import ENGINES, read_engine
 from mimco_deploy.serving.sample import Pixels
 from mimco_deploy.serving.trt import gpu_here
@@ -173,10 +174,10 @@ def measure(
             continue
         try:
             found.setdefault(number, []).append(_in_fresh_process(variant, pictures, batch_sizes))
-        except (MimcoError, BrokenProcessPool, RuntimeError, OSError) as error:
+        except Exception as error:  # of a runtime, of a process that died: runtimes' own classes share no base
             failed.add(number)
             found.pop(number, None)
-            failures.append(Failure(variant.backend, variant.precision, variant.device, str(error).splitlines()[0]))
+            failures.append(Failure(variant.backend, variant.precision, variant.device, first_line(error)))
     if on_progress is not None:
         on_progress(total, total)
     reference = found[0][0].embeddings if 0 in found else None
@@ -197,9 +198,8 @@ def pick(path: Path, rows: Sequence[Row]) -> dict[str, Precision]:
     Raises:
         BundleError: the bundle is an archive, or nothing passed.
     """
+    check_can_pick(path)
     bundle = read_bundle(path)
-    if bundle.path != path and not path.is_dir():
-        raise BundleError(f"{path} is an archive", expected="a folder, which a choice can be written into")
     best: dict[str, Row] = {}
     for row in rows:
         if row.in_bundle and not row.breaches:
@@ -207,13 +207,19 @@ def pick(path: Path, rows: Sequence[Row]) -> dict[str, Precision]:
             if leader is None or row.images_per_s > leader.images_per_s:
                 best[row.device] = row
     if not best:
-        raise BundleError(f"nothing in {path} passed", expected="one variant that does", command="mimco export …")
+        raise BundleError(f"nothing in {path} passed", expected="one variant that does")
     chosen = {
         device: precision for device, row in best.items() for precision in TOLERANCES if precision == row.precision
     }
     defaults = {**bundle.defaults, **chosen}
-    write_contract(bundle.path, bundle.spec, defaults)
+    write_contract(bundle.path, bundle.spec, defaults, bundle.precisions)
     return defaults
+
+
+def check_can_pick(path: Path) -> None:
+    """Raise BundleError where a choice cannot be written into the bundle."""
+    if is_archive(path):
+        raise BundleError(f"{path} is an archive", expected="a folder, which a choice can be written into")
 
 
 def document(rows: Sequence[Row], failures: Sequence[Failure], pictures: int, folder: Path | None) -> dict[str, object]:

@@ -26,7 +26,10 @@ _EXTRAS = {
     "train": ("torch", "torchvision", "timm", "safetensors", "tensorboard"),
     "export": ("onnx", "onnxscript"),
 }
-_OTHERS = ("tensorrt", "tensorrt-rtx", "cuda-python")
+_OTHERS = (
+    *("tensorrt", "tensorrt-rtx", "tensorrt-rtx-cu13-bindings", "onnxruntime-ep-nv-tensorrt-rtx-cu13"),
+    *("cuda-python", "cuda-bindings"),
+)
 _RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 _LIBRARIES: dict[str, tuple[tuple[str, ...], str]] = {
     "CUDA runtime": (("libcudart.so.13", "libcudart.so.12"), "cudaRuntimeGetVersion"),

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import typing
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from mimco_deploy.atomic import write_bytes
-from mimco_deploy.bundle import Bundle, Precision, checksum_of, sha256_of
+from mimco_deploy.bundle import Bundle, Precision, checksum_of, sha256_of, without_repeats
 from mimco_deploy.errors import EngineError
 from mimco_deploy.serving.trt import Flavour
 
@@ -101,7 +102,7 @@ def read_engine(plan: Path) -> Engine:
     try:
         if sidecar.stat().st_size > _MAX_SIDECAR_BYTES:
             raise ValueError(f"more than {_MAX_SIDECAR_BYTES:,} bytes")
-        document = json.loads(sidecar.read_text(encoding="utf-8"))
+        document = json.loads(sidecar.read_text(encoding="utf-8"), object_pairs_hook=without_repeats)
         version = document["format_version"]
         if version != FORMAT_VERSION:
             raise EngineError(f"{sidecar} has format version {version}", expected=str(FORMAT_VERSION), command=_COMMAND)
@@ -109,6 +110,12 @@ def read_engine(plan: Path) -> Engine:
             raise ValueError("its checksum is not that of its content")
         capabilities = tuple(document["compute_capabilities"])
         known = {item.name: document[item.name] for item in fields(EngineSpec)}
+        hints = typing.get_type_hints(EngineSpec)
+        wrong = [
+            name for name, value in known.items() if name != "compute_capabilities" and not _fits(hints[name], value)
+        ]
+        if wrong or not all(_fits(int, number) for number in capabilities):
+            raise ValueError(f"no such {wrong or ['compute_capabilities']}")
         spec = EngineSpec(**{**known, "compute_capabilities": capabilities})
         stated, layers = document["plan_sha256"], dict(document["layers"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -135,7 +142,8 @@ def engine_for(bundle: Bundle, wanted: EngineSpec) -> Engine:
     """
     engine = read_engine(bundle.path / ENGINES / f"{wanted.name}.plan")
     if differ := differences(engine.spec, wanted):
-        raise EngineError(f"{engine.plan} is of {'; '.join(differ)}", expected="its own", command=wanted.command)
+        command = f"{wanted.command} --output {bundle.path}"
+        raise EngineError(f"{engine.plan} is of {'; '.join(differ)}", expected="its own", command=command)
     return engine
 
 
@@ -145,6 +153,12 @@ def model_hash(bundle: Bundle, precision: Precision) -> str:
 
 
 _COMMAND = "mimco export --format tensorrt"
+
+
+def _fits(kind: Any, value: object) -> bool:
+    if choices := typing.get_args(kind):
+        return value in choices
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _short(value: object) -> str:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from timm.models import checkpoint_seq, save_for_hf
 from timm.models.beit import Beit
 from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -84,6 +85,8 @@ class Backbone(nn.Module):
         self.stride_px: int = model.feature_info[-1]["reduction"]
         """Pixels along the side of an output token: a patch in a ViT, several of them in a Swin."""
         self.geometry = Geometry()
+        self.built_with = ""
+        """What else than the config decides its architecture, of models that mimco did not build."""
         self.licence = UNSTATED
         """Of the weights, where those who published them, or the teacher behind them, said so."""
         if body is None:
@@ -183,13 +186,22 @@ class Backbone(nn.Module):
             return
         self._check_size(image_size_px)
         size, body = (image_size_px, image_size_px), self.body
-        if self._is_swin:
-            body.set_input_size(img_size=size, window_size=body.layers[0].blocks[0].window_size)
+        if isinstance(body, SwinTransformer | SwinTransformerV2):
+            body.set_input_size(img_size=size, window_size=self._one_window(body))
         elif hasattr(body, "set_input_size"):
             body.set_input_size(img_size=size)
         elif hasattr(body, "patch_embed"):
             raise ConfigError(f"{self.config.name} at {image_size_px} px", expected=f"{self.config.image_size_px} px")
         self.config = dataclasses.replace(self.config, image_size_px=image_size_px)
+
+    def _one_window(self, body: Any) -> tuple[int, int]:
+        """The window of all stages, which stays; a stage of fewer tokens than that has one of its own size."""
+        blocks = [stage.blocks[0] for stage in body.layers]
+        window: tuple[int, int] = tuple(blocks[0].window_size)
+        for block in blocks:
+            if tuple(block.window_size) != tuple(map(min, window, block.input_resolution)):
+                raise ConfigError(f"{self.config.name} at another size", expected="a Swin of one window size")
+        return window
 
     def checkpoint_gradients(self, enabled: bool) -> None:
         """Whether blocks compute their activations again in the backward pass instead of keeping them."""

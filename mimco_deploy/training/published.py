@@ -7,6 +7,7 @@ decoder or a queue; any other is an error that lists it.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import re
@@ -165,7 +166,16 @@ def load_from_timm(name: str, *, to_train: bool = True) -> Backbone:
         load_strictly(backbone.body, body.state_dict(), Path(name))
     backbone.licence = body.pretrained_cfg.get("license") or UNSTATED
     backbone.geometry = _geometry(name, body.pretrained_cfg)
+    backbone.built_with = _built_with(name)
     return backbone
+
+
+def _built_with(name: str) -> str:
+    """The arguments in a folder of timm's, which can change an architecture in ways that no weight shows."""
+    if not name.startswith("local-dir:"):
+        return ""
+    document = json.loads((Path(name.removeprefix("local-dir:")) / "config.json").read_text(encoding="utf-8"))
+    return json.dumps([document.get("model_args"), document.get("global_pool")], sort_keys=True)
 
 
 def _geometry(name: str, cfg: dict[str, Any]) -> Geometry:

@@ -10,10 +10,11 @@ import torch
 from timm.models import save_for_hf
 
 from mimco_deploy.bundle import TOLERANCES, Bundle, Precision, read_bundle
-from mimco_deploy.export.engines import EngineOptions, build_engine
+from mimco_deploy.export.engines import build_engine
 from mimco_deploy.export.parity import EMULATED, read_parity
 from mimco_deploy.export.pipeline import ExportOptions, export_encoder
 from mimco_deploy.export.student import from_model
+from mimco_deploy.export.to_tensorrt import EngineOptions
 from mimco_deploy.serving.agreement import compare
 from mimco_deploy.serving.encoders import load_encoder
 from mimco_deploy.serving.sample import draw_pictures

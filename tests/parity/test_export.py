@@ -14,10 +14,10 @@ import torch
 from onnx import numpy_helper
 
 from mimco_deploy.bundle import MODEL_FILES, Bundle, read_bundle, write_contract
-from mimco_deploy.errors import BundleError, CheckpointError, MimcoError, ParityError
+from mimco_deploy.errors import BundleError, CheckpointError, ConfigError, MimcoError, ParityError
 from mimco_deploy.export import pipeline, student
 from mimco_deploy.export.parity import Pictures, check_parity, read_parity
-from mimco_deploy.export.pipeline import export_encoder
+from mimco_deploy.export.pipeline import ExportOptions, export_encoder
 from mimco_deploy.export.student import EncoderModule, from_checkpoint
 from mimco_deploy.export.to_onnx import convert
 from mimco_deploy.serving.encoders import load_encoder
@@ -188,3 +188,51 @@ def test_a_number_that_is_none_in_any_golden_embedding_fails_the_proof(bundle: B
     pictures = Pictures("drawn", golden.images[sound], golden.embeddings[sound])
     with pytest.raises(ParityError, match="differs by nan"):
         check_parity(encoder, golden, pictures)
+
+
+@pytest.mark.parametrize("name", ["a folder", "a file", "a.zip", "here", "above"])
+def test_nothing_but_a_bundle_is_replaced(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / "a folder/deeper").mkdir(parents=True)
+    for path in ("a folder/mine.txt", "a file", "a.zip"):
+        (tmp_path / path).write_text("mine", encoding="utf-8")
+    monkeypatch.chdir(tmp_path / "a folder/deeper")
+    target = {"here": Path(), "above": Path("..")}.get(name, tmp_path / name)
+    with pytest.raises(ConfigError, match="expected a new name, or a bundle to replace"):
+        export_encoder(from_checkpoint(checkpoint), target)
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()} == {
+        *("a folder/mine.txt", "a file", "a.zip"),
+    }
+    assert (tmp_path / "a.zip").read_text(encoding="utf-8") == "mine"
+
+
+def test_an_archive_keeps_other_precisions_and_a_folder_its_engines(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    source, archive, folder = from_checkpoint(checkpoint), tmp_path / "e.zip", tmp_path / "e"
+    export_encoder(source, archive, ExportOptions(precisions=("fp16",)))
+    export_encoder(source, archive)
+    assert read_bundle(archive).precisions == ("fp32", "fp16")
+    export_encoder(source, folder)
+    (folder / "engines").mkdir()
+    (folder / "engines/x.plan").write_bytes(b"a plan")
+    export_encoder(source, folder)
+    assert (folder / "engines/x.plan").read_bytes() == b"a plan"
+
+
+def test_patch_tokens_are_proved_too(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    export_encoder(from_checkpoint(checkpoint), tmp_path / "e", ExportOptions(with_patches=True))
+
+    def wrong(module: EncoderModule) -> onnx.ModelProto:
+        model = convert(module)
+        (made,) = (node for node in model.graph.node if "patches" in node.output)
+        made.output[list(made.output).index("patches")] = "sound"
+        for node in model.graph.node:
+            for number, name in enumerate(node.input):
+                if name == "patches":
+                    node.input[number] = "sound"
+        model.graph.node.append(onnx.helper.make_node("Neg", ["sound"], ["patches"]))
+        return model
+
+    monkeypatch.setattr(pipeline, "convert", wrong)
+    with pytest.raises(ParityError, match=r"patch tokens have cosine -1\.0"):
+        export_encoder(from_checkpoint(checkpoint), tmp_path / "other", ExportOptions(with_patches=True))

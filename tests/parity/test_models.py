@@ -19,7 +19,7 @@ from mimco_deploy.bundle import read_bundle
 from mimco_deploy.drawings import KINDS, draw
 from mimco_deploy.errors import CheckpointError, ConfigError
 from mimco_deploy.export.pipeline import ExportOptions, export_encoder
-from mimco_deploy.export.student import from_model
+from mimco_deploy.export.student import EncoderModule, fingerprint, from_model
 from mimco_deploy.preprocess import preprocess
 from mimco_deploy.serving.encoders import load_encoder
 from mimco_deploy.serving.encoders.onnx import OnnxEncoder
@@ -189,3 +189,20 @@ def test_a_licence_that_forbids_commerce_taints_the_bundle(
     assert read_bundle(tmp_path / "encoder").spec.licence == expected
     assert ("so is the bundle" in caplog.text) == (licence == "cc-by-nc-4.0")
     assert f"- **Licence**: {expected}\n" in (tmp_path / "encoder/MODEL_CARD.md").read_text(encoding="utf-8")
+
+
+def test_a_model_built_otherwise_has_another_fingerprint(tmp_path: Path) -> None:
+    prints = set()
+    for number, args in enumerate([{}, {"act_layer": "silu"}, {"global_pool": "max"}]):
+        torch.manual_seed(0)
+        model = timm.create_model("resnet10t", num_classes=0, **args)  # type: ignore[arg-type]
+        save_for_hf(model, str(tmp_path / str(number)), model_args=args)
+        source = from_model(str(tmp_path / str(number)))
+        prints.add(fingerprint(EncoderModule(source.backbone, source.pooling)))
+    assert len(prints) == 3
+
+
+def test_a_swin_whose_windows_differ_is_not_resized(tmp_path: Path) -> None:
+    save_for_hf(timm.create_model("swin_s3_tiny_224", num_classes=0), str(tmp_path / "timm"))
+    with pytest.raises(ConfigError, match="expected a Swin of one window size"):
+        export_encoder(from_model(str(tmp_path / "timm")), tmp_path / "e", ExportOptions(image_size_px=448))

@@ -23,7 +23,8 @@ from mimco_deploy.export import pipeline
 from mimco_deploy.export.half import IN_FP32, PRODUCTS, TYPES, Half, in_fp32, to_half
 from mimco_deploy.export.parity import Pictures, check_half_without_gpu, check_parity, read_parity
 from mimco_deploy.export.pipeline import ExportOptions, export_encoder
-from mimco_deploy.export.student import from_model
+from mimco_deploy.export.student import EncoderModule, from_model
+from mimco_deploy.export.to_onnx import convert
 from mimco_deploy.serving.encoders import load_encoder
 from mimco_deploy.serving.encoders.onnx import OnnxEncoder
 from mimco_deploy.serving.sample import draw_pictures
@@ -242,14 +243,14 @@ def test_the_faster_way_of_two_ships(
 def test_another_precision_is_added_to_the_bundle_that_is_there(weights: Path, tmp_path: Path) -> None:
     target = tmp_path / "encoder"
     export_encoder(from_model(str(weights)), target, ExportOptions(precisions=("fp16",)))
-    write_contract(target, read_bundle(target).spec, {"cuda": "fp16", "cpu": "int8"})
+    write_contract(target, read_bundle(target).spec, {"cuda": "fp16"})
     before = (target / MODEL_FILES["fp16"]).read_bytes()
     exported = export_encoder(from_model(str(weights)), target, ExportOptions(precisions=("bf16",)))
     assert {artefact.precision for artefact in exported.artefacts} == {"fp32", "fp16", "bf16"}
     bundle = read_bundle(target)
     assert bundle.precisions == ("fp32", "fp16", "bf16")
     assert bundle.model("fp16").read_bytes() == before
-    assert dict(bundle.defaults) == {"cuda": "fp16"}  # there is no int8
+    assert dict(bundle.defaults) == {"cuda": "fp16"}
 
 
 def test_a_bundle_of_another_encoder_is_replaced_in_full(weights: Path, tmp_path: Path) -> None:
@@ -266,3 +267,14 @@ def test_an_archive_is_written_as_one_file(weights: Path, tmp_path: Path) -> Non
     export_encoder(from_model(str(weights)), tmp_path / "encoder.zip")
     assert [path.name for path in tmp_path.iterdir()] == ["encoder.zip"]
     assert load_encoder(tmp_path / "encoder.zip").spec.architecture == "vit_tiny_patch16_224"
+
+
+def test_l2_stays_in_fp32_where_half_features_reach_it(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    save_for_hf(timm.create_model("mobilenetv3_small_050", num_classes=0), str(tmp_path / "timm"))
+    source = from_model(str(tmp_path / "timm"))
+    model = to_half(convert(EncoderModule(source.backbone, source.pooling)), "fp16")
+    types = types_of(model)
+    (division,) = (node for node in model.graph.node if "embedding" in node.output)
+    assert division.op_type == "Div"
+    assert {types[name] for name in division.input} == {TensorProto.FLOAT}

@@ -27,7 +27,7 @@ from mimco_deploy.errors import BundleError, ConfigError, EngineError, MissingEx
 from mimco_deploy.export import to_tensorrt
 from mimco_deploy.export.pipeline import ExportOptions, export_encoder
 from mimco_deploy.export.student import from_model
-from mimco_deploy.export.to_tensorrt import EngineOptions, ensure_engine, plan_engine
+from mimco_deploy.export.to_tensorrt import EngineOptions, check_built_types, ensure_engine, plan_engine
 from mimco_deploy.serving.engines import read_engine
 from mimco_deploy.serving.trt import Gpu, gpu_here, has_rtx, load_trt
 
@@ -288,3 +288,76 @@ def test_a_gpu_is_told_by_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(subprocess, "run", missing)
     assert gpu_here() is None
+
+
+def told(*layers: tuple[str, str, str]) -> str:
+    """What an engine inspector says in detail."""
+    listed = [{"Name": name, "LayerType": kind, "Outputs": [{"Format/Datatype": text}]} for name, kind, text in layers]
+    return json.dumps({"Layers": listed, "Bindings": ["image", "embedding"]})
+
+
+def test_types_of_a_built_engine_are_read_layer_by_layer() -> None:
+    sound = told(("block", "Myelin", "Row major linear FP16 format"), ("fc", "gemm", "FP16"), ("norm", "kgen", "FP32"))
+    check_built_types(sound, "fp16")
+    with pytest.raises(EngineError, match=r"asked for fp16, but in the built engine fc_half is fp32; expected HALF"):
+        check_built_types(told(("fc_half", "gemm", "FP32"), ("cast", "reformat", "FP16")), "fp16")
+    with pytest.raises(EngineError, match=r"asked for bf16, but in the built engine none of 2 layers is"):
+        check_built_types(told(("a BF16 name", "kgen", "FP32"), ("b", "kgen", "Half")), "bf16")
+
+
+@RTX
+def test_a_bundle_that_is_not_the_students_is_not_replaced_by_it(folder: Path, tmp_path: Path) -> None:
+    (folder / "model.bf16.onnx").unlink()
+    write_contract(folder, read_bundle_unchecked(folder))
+    student = tmp_path / "ws/stage2/last"
+    student.mkdir(parents=True)
+    (student / "config.json").write_text("{}", encoding="utf-8")
+    arguments = ("--format", "tensorrt-rtx", "--compute-capability", "89", "--precision", "bf16", "--output", folder)
+    done = export(*arguments, workspace=tmp_path / "ws")
+    assert done.exit_code == 1
+    assert "has no bf16" in done.output
+    assert read_bundle(folder).spec.weights_source == "timm"
+
+
+@RTX
+@pytest.mark.parametrize(
+    ("arguments", "code", "told"),
+    [
+        (("--format", "tensorrt-rtx", "--compute-capability", "999"), 1, "compute capability 999"),
+        (
+            ("--format", "tensorrt-rtx", "--compute-capability", "89", "--output", "e.zip"),
+            1,
+            "an engine in the archive",
+        ),
+        (("--format", "tensorrt-rtx", "--workspace-mib", "99999999999999"), 1, "a workspace of"),
+        (("--format", "tensorrt-rtx", "--compute-capability", "²"), 2, "numbers with commas"),
+        (("--format", "tensorrt-rtx", "--emit-trtexec"), 2, "goes with --format tensorrt"),
+        (("--format", "onnx", "--compute-capability", "89"), 2, "Options of engines"),
+        (("--format", "onnx", "--output", "e.zip", "--triton", "t"), 2, "takes a folder"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_refused_first(
+    tmp_path: Path, arguments: tuple[str, ...], code: int, told: str
+) -> None:
+    done = export(*arguments, workspace=tmp_path / "ws")
+    assert (done.exit_code, told in done.output) == (code, True), done.output
+
+
+def test_triton_keeps_other_versions_and_knows_the_width_of_patches(vit: Path, tmp_path: Path) -> None:
+    (tmp_path / "r/mimco_encoder/7").mkdir(parents=True)
+    (tmp_path / "r/mimco_encoder/config.pbtxt").write_text("", encoding="utf-8")
+    source = ("--model", vit.parent / "timm", "--with-patches")
+    done = export(
+        "--format", "onnx", *source, "--output", tmp_path / "e", "--triton", tmp_path / "r", workspace=tmp_path
+    )
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "r/mimco_encoder/7").is_dir()
+    assert 'name: "patches" data_type: TYPE_FP32 dims: [ 16, 96 ]' in (
+        tmp_path / "r/mimco_encoder/config.pbtxt"
+    ).read_text(encoding="utf-8")
+    (tmp_path / "other/mimco_encoder").mkdir(parents=True)
+    (tmp_path / "other/mimco_encoder/mine").write_text("mine", encoding="utf-8")
+    refused = export(
+        "--format", "onnx", *source, "--output", tmp_path / "e", "--triton", tmp_path / "other", workspace=tmp_path
+    )
+    assert "is no model of Triton's" in refused.output

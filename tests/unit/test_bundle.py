@@ -79,6 +79,10 @@ def test_a_contract_cut_anywhere_is_refused(folder: Path) -> None:
         lambda document: document.update(files=[]),
         lambda document: document.update(defaults=None),
         lambda document: document.update(defaults={"cpu": "fp8"}),
+        lambda document: document.update(defaults={"cpu": "int8"}),
+        lambda document: document.update(patch_grid=True),
+        lambda document: document.update(crop_share=True),
+        lambda document: document.update(fingerprint="\ud800"),
         lambda document: document["files"].update({"../secret": "0"}),
         lambda document: document["files"].pop("model.onnx"),
         lambda document: document["files"].update({"golden.npz": 7}),
@@ -134,3 +138,10 @@ def test_a_coarser_precision_is_allowed_more() -> None:
         assert finer.max_abs < coarser.max_abs
         assert finer.min_cosine > coarser.min_cosine
         assert finer.min_overlap >= coarser.min_overlap
+
+
+def test_a_key_that_comes_twice_is_refused(folder: Path) -> None:
+    text = (folder / SPEC_FILE).read_text(encoding="utf-8")
+    (folder / SPEC_FILE).write_text(text.replace('"licence":', '"licence": "MIT", "licence":'), encoding="utf-8")
+    with pytest.raises(BundleError, match="a key comes twice"):
+        read_bundle(folder)

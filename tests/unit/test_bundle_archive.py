@@ -18,7 +18,15 @@ from mimco_deploy.errors import BundleError
 from mimco_deploy.serving.encoders import load_encoder
 from tests.helpers import golden_images, tiny_bundle
 
-NAMES = ["encoder.zip", "encoder.tar", "encoder.tar.gz", "encoder.tgz", "encoder.tar.xz"]
+NAMES = [
+    "encoder.zip",
+    "encoder.ZIP",
+    "encoder.tar",
+    "encoder.tar.gz",
+    "encoder.tgz",
+    "encoder.tar.xz",
+    "encoder.tar.bz2",
+]
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +71,7 @@ def test_an_archive_cut_anywhere_is_a_bundle_error(folder: Path, tmp_path: Path,
             read_bundle(path)
 
 
-@pytest.mark.parametrize("name", ["encoder.zip", "encoder.tar", "encoder.tar.gz", "encoder.tar.xz"])
+@pytest.mark.parametrize("name", ["encoder.zip", "encoder.tar", "encoder.tar.gz", "encoder.tar.xz", "encoder.tar.bz2"])
 def test_a_flipped_byte_is_a_bundle_error_or_changes_nothing(folder: Path, tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     pack(folder, path)
@@ -131,3 +139,12 @@ def test_a_file_that_is_no_archive_is_refused_with_its_name(tmp_path: Path) -> N
             read_bundle(tmp_path / name)
     with pytest.raises(BundleError, match=r"no encoder in .*nowhere\.zip"):
         read_bundle(tmp_path / "nowhere.zip")
+
+
+def test_a_systems_own_files_beside_the_folder_are_no_harm(folder: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "mac.zip", "w") as archive:
+        for file in folder.iterdir():
+            archive.write(file, f"my encoder/{file.name}")
+        archive.writestr("__MACOSX/my encoder/._encoder.json", b"x")
+        archive.writestr(".DS_Store", b"x")
+    assert read_bundle(tmp_path / "mac.zip").spec == read_bundle(folder).spec

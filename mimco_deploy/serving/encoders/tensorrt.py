@@ -204,7 +204,8 @@ def open_engine(
         raise EngineError("no NVIDIA GPU for a TensorRT engine", expected="one", command="mimco doctor")
     wanted = precision or bundle.defaults.get("tensorrt")
     reasons: list[MimcoError] = []
-    for plan in sorted((bundle.path / ENGINES).glob("*.plan")):
+    for sidecar in sorted((bundle.path / ENGINES).glob("*.json")):  # a plan without one does not count
+        plan = sidecar.with_suffix(".plan")
         try:
             engine = read_engine(plan)
             if wanted is not None and engine.spec.precision != wanted:
@@ -216,7 +217,7 @@ def open_engine(
             reasons.append(error)
     if reasons:
         raise reasons[0]
-    command = f"mimco export --format tensorrt --precision {wanted or 'fp16'}"
+    command = f"mimco export --format tensorrt --precision {wanted or 'fp16'} --output {bundle.path}"
     raise EngineError(f"no engine in {bundle.path / ENGINES}", expected="one for this GPU", command=command)
 
 
@@ -232,7 +233,8 @@ def _check_is_for(bundle: Bundle, engine: Engine, here: Gpu, version: str) -> No
         compute_capabilities=spec.compute_capabilities if fits else (here.compute_capability,),
     )
     if differ := differences(spec, wanted):
-        raise EngineError(f"{engine.plan} is of {'; '.join(differ)}", expected="its own", command=wanted.command)
+        command = f"{wanted.command} --output {bundle.path}"
+        raise EngineError(f"{engine.plan} is of {'; '.join(differ)}", expected="its own", command=command)
 
 
 def _load_cuda() -> Any:

@@ -131,3 +131,16 @@ def test_the_command_measures_and_picks(bundle: Path, tmp_path: Path) -> None:
     assert document["defaults"] == {"cpu": fastest["precision"]}
     assert document["versions"]["numpy"] == np.__version__
     assert read_bundle(bundle).precision_for("cpu") == fastest["precision"]
+
+
+def test_picking_takes_no_graph_into_the_contract(bundle: Path) -> None:
+    (bundle / MODEL_FILES["fp16"]).write_bytes(tiny_graph(seed=3).SerializeToString())
+    pick(bundle, [row("int8", 2.0)])
+    assert read_bundle(bundle).precisions == ("fp32", "int8")
+
+
+def test_nothing_that_ran_is_an_error(bundle: Path, tmp_path: Path) -> None:
+    options = ["--encoder", str(bundle), "--device", "cuda", "--batch-size", "1"]
+    done = CliRunner().invoke(main, ["--workspace", str(tmp_path / "ws"), "bench", *options])
+    assert done.exit_code == 1
+    assert "run: mimco doctor" in done.output
