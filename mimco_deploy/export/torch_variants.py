@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from mimco_deploy.bundle import EncoderSpec
+from mimco_deploy.bundle import EncoderSpec, Precision
 from mimco_deploy.errors import ConfigError
 from mimco_deploy.export.student import EncoderModule, fingerprint, from_checkpoint, from_model
 from mimco_deploy.serving.agreement import Embeddings
@@ -33,7 +33,7 @@ def torch_variants(spec: EncoderSpec, source: str, device: str) -> list[Variant]
         raise ConfigError(f"{source} is encoder {found[:12]}", expected=f"{spec.fingerprint[:12]}, that of the bundle")
     size = sum(value.nbytes for value in module.state_dict().values()) / 2**20
     side = spec.image_size_px
-    compiled = "bf16" if device == "cuda" else "fp32"
+    compiled: Precision = "bf16" if device == "cuda" else "fp32"
     return [
         Variant("torch eager", "fp32", device, _load, (source, side, device, False, "fp32"), size, in_bundle=False),
         Variant(

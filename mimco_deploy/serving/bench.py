@@ -47,7 +47,7 @@ class Variant:
 
     backend: str
     """As the table names it."""
-    precision: str
+    precision: Precision
     device: str
     """`cpu`, `cuda` or `tensorrt`"""
     load: Callable[..., tuple[Embed, str]]
@@ -64,7 +64,7 @@ class Row:
     """One variant at one batch size."""
 
     backend: str
-    precision: str
+    precision: Precision
     device: str
     provider: str
     """What really ran."""
@@ -113,7 +113,8 @@ def devices_here() -> list[str]:
 
 def bundle_variants(path: Path, bundle: Bundle, devices: Sequence[str]) -> list[Variant]:
     """Every precision of a bundle on every device, and its engines; fp32 on the first comes first, the reference."""
-    engines = [read_engine(plan) for plan in sorted((bundle.path / ENGINES).glob("*.plan")) if "tensorrt" in devices]
+    sidecars = sorted((bundle.path / ENGINES).glob("*.json")) if "tensorrt" in devices else []
+    engines = [read_engine(sidecar.with_suffix(".plan")) for sidecar in sidecars]
     return [
         *_onnx_variants(path, bundle, [device for device in devices if device != "tensorrt"]),
         *(
@@ -208,10 +209,7 @@ def pick(path: Path, rows: Sequence[Row]) -> dict[str, Precision]:
                 best[row.device] = row
     if not best:
         raise BundleError(f"nothing in {path} passed", expected="one variant that does")
-    chosen = {
-        device: precision for device, row in best.items() for precision in TOLERANCES if precision == row.precision
-    }
-    defaults = {**bundle.defaults, **chosen}
+    defaults = {**bundle.defaults, **{device: row.precision for device, row in best.items()}}
     write_contract(bundle.path, bundle.spec, defaults, bundle.precisions)
     return defaults
 
@@ -308,8 +306,7 @@ def _time_batch(embed: Embed, batch: npt.NDArray[np.uint8]) -> list[float]:
 def _rows(variant: Variant, rounds: Sequence[_Measured], reference: Embeddings | None) -> Iterator[Row]:
     first = rounds[0]
     agreement = compare(first.embeddings, first.embeddings if reference is None else reference)
-    tolerance = next((allowed for precision, allowed in TOLERANCES.items() if precision == variant.precision), None)
-    breaches = agreement.breaches(tolerance) if tolerance else []
+    breaches = agreement.breaches(TOLERANCES[variant.precision])
     if reference is None:
         breaches.append("fp32 did not run: nothing to compare with")
     for size in first.seconds:

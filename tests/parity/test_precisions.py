@@ -29,6 +29,7 @@ from mimco_deploy.serving.encoders import load_encoder
 from mimco_deploy.serving.encoders.onnx import OnnxEncoder
 from mimco_deploy.serving.sample import draw_pictures
 from mimco_deploy.training.backbone import Geometry
+from tests.parity.test_export import dropped_l2
 
 HALVES: list[Half] = ["fp16", "bf16"]
 ARGS: dict[str, Any] = {"img_size": 64, "embed_dim": 96, "depth": 3, "num_heads": 3}
@@ -174,14 +175,6 @@ def swapped_normalisation(model: onnx.ModelProto) -> None:
             tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(array * 0 + 0.9), tensor.name))
             changed += 1
     assert changed
-
-
-def dropped_l2(model: onnx.ModelProto) -> None:
-    (division,) = (node for node in model.graph.node if "embedding" in node.output)
-    assert division.op_type == "Div"
-    identity = onnx.helper.make_node("Identity", [division.input[0]], ["embedding"])
-    model.graph.node.remove(division)
-    model.graph.node.append(identity)
 
 
 @pytest.mark.parametrize("damage", [perturbed, swapped_normalisation, dropped_l2])

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from mimco_deploy.bundle import MODEL_FILES, read_bundle, write_contract
+from mimco_deploy.bundle import MODEL_FILES, Precision, read_bundle, write_contract
 from mimco_deploy.bundle_archive import pack
 from mimco_deploy.cli import main
 from mimco_deploy.errors import BundleError
@@ -37,11 +37,11 @@ def load_dying() -> tuple[Embed, str]:
     os.abort()
 
 
-def variant(seed: int = 0, seconds: float = 0.0, precision: str = "fp32") -> Variant:
+def variant(seed: int = 0, seconds: float = 0.0, precision: Precision = "fp32") -> Variant:
     return Variant("stand-in", precision, "cpu", load_slow, (seed, seconds), 1.0)
 
 
-def row(precision: str, images_per_s: float, **changes: object) -> Row:
+def row(precision: Precision, images_per_s: float, **changes: object) -> Row:
     plain = Row("x", precision, "cpu", "p", 8, images_per_s, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0)
     return dataclasses.replace(plain, **changes)  # type: ignore[arg-type]
 
