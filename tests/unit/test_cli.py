@@ -13,7 +13,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from mimco_deploy import __version__
-from mimco_deploy.cli import main, train
+from mimco_deploy.cli import main
+from mimco_deploy.commands.train import train
 from mimco_deploy.errors import ImageError, WorkspaceError
 from mimco_deploy.serving.update import update_index
 from mimco_deploy.training.presets import STAGE1_METHODS, STAGE2_METHODS
@@ -86,7 +87,7 @@ def test_version_is_the_packages() -> None:
 
 def imported(*arguments: str | Path) -> set[str]:
     """Top-level packages that a command brings in, as the interpreter itself reports them."""
-    code = "from mimco_deploy.cli import main, train; main(prog_name='mimco')"
+    code = "from mimco_deploy.cli import main; main(prog_name='mimco')"
     words = [sys.executable, "-X", "importtime", "-c", code, *map(str, arguments)]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]

@@ -1,0 +1,92 @@
+"""What several files of commands share: types, options, the encoder they load, and how they print and fail."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from mimco_deploy.errors import MimcoError, MissingExtraError
+from mimco_deploy.workspace import Workspace
+
+if TYPE_CHECKING:
+    from mimco_deploy.serving.encoders import Device, Encoder
+
+FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
+Folder = click.Path(path_type=Path, file_okay=False)
+AnyPath = click.Path(path_type=Path)
+IS_MAIN_PROCESS = os.environ.get("RANK", "0") == "0"
+"""False in the processes that torchrun starts beside the first."""
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+
+
+class Group(click.Group):
+    """Ends with one line, not a traceback, where the user's input is at fault."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; an error of the user's becomes click's."""
+        try:
+            return super().invoke(ctx)
+        except MimcoError as error:
+            raise click.ClickException(str(error)) from error
+        except OSError as error:
+            if error.filename is None:  # a broken pipe, for one, is click's to handle
+                raise
+            raise click.ClickException(f"{error.filename}: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def extra(name: str) -> Iterator[None]:
+    """Name the install line where an import of the block is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        command = f'pip install "mimco-deploy[{name}]"'
+        raise MissingExtraError(f"the package {error.name} is not installed", command=command) from error
+
+
+def print_json(document: object) -> None:
+    """One JSON document on stdout."""
+    click.echo(json.dumps(document, default=str))
+
+
+def runtime_options(function: FunctionT) -> FunctionT:
+    """Options that say which encoder runs, and where; `load_encoder` takes them."""
+    options = [
+        click.option(
+            "--encoder", type=AnyPath, help="Bundle: folder, .zip or .tar.  [default: the workspace's encoder]"
+        ),
+        click.option(
+            "--device",
+            type=click.Choice(["auto", "cpu", "cuda", "tensorrt"]),
+            default="auto",
+            show_default=True,
+            help="Where the encoder runs.",
+        ),
+        click.option("--strict", is_flag=True, help="Fail where the encoder does not run on that device."),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def load_encoder(workspace: Workspace, encoder: Path | None, device: Device, strict: bool) -> Encoder:
+    """The encoder that `runtime_options` ask for."""
+    from mimco_deploy.serving.encoders import load_encoder as load
+
+    return load(encoder or workspace.encoder, device, strict=strict)
+
+
+def run_by(encoder: Encoder) -> dict[str, str]:
+    """What a JSON document says of the encoder that ran."""
+    return {
+        "provider": encoder.provider,
+        "precision": encoder.precision,
+        "fingerprint": encoder.spec.fingerprint,
+    }

@@ -1,0 +1,183 @@
+"""`mimco train`: both stages, and the plan of a run."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from mimco_deploy.commands.common import IS_MAIN_PROCESS, FunctionT, extra, json_option, print_json
+from mimco_deploy.errors import ConfigError
+from mimco_deploy.workspace import Workspace
+
+if TYPE_CHECKING:
+    from mimco_deploy.training.config import Stage1Config, Stage2Config
+    from mimco_deploy.training.loop import StepReport
+
+    ConfigT = TypeVar("ConfigT", Stage1Config, Stage2Config)
+
+
+@click.group()
+def train() -> None:
+    """Pre-train a backbone: first the teacher, then the student."""
+
+
+class _MicroBatches(click.ParamType):  # type: ignore[type-arg]  # generic in newer clicks only
+    """A number of micro-batches, or `auto`."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Keep the text once it is one of the two."""
+        if value != "auto" and not (value.isdigit() and int(value) >= 1):
+            self.fail(f"{value} is neither auto nor a number from 1 on", param, ctx)
+        return str(value)
+
+
+def _training_options(function: FunctionT) -> FunctionT:
+    options = [
+        click.option(
+            "--data", multiple=True, type=click.Path(path_type=Path), help="Folder, picture or tar; repeatable."
+        ),
+        click.option("--preset", help="Settings for one backbone.  [default: by GPU or CPU; stage 2: the teacher's]"),
+        click.option("--epochs", type=click.IntRange(min=1), help="Passes over the pictures."),
+        click.option("--batch-size", type=click.IntRange(min=2), help="Pictures in a step, over all processes."),
+        click.option(
+            "--grad-accum",
+            type=_MicroBatches(),
+            metavar="N|auto",
+            help="Micro-batches in a step; auto takes as few as fit into memory.",
+        ),
+        click.option("--plan", is_flag=True, help="Say what the run will take, and stop: memory, speed, hours, disk."),
+        click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any setting; repeatable."),
+        click.option("--resume", is_flag=True, help="Go on from the last checkpoint, with its settings."),
+        click.option("--fresh", is_flag=True, help="Start anew; a run that is there is moved aside."),
+        json_option,
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+@train.command()
+@click.option("--method", type=click.Choice(["mocov3", "moby"]), help="How.  [default: the preset's]")
+@_training_options
+@click.pass_obj
+def stage1(workspace: Workspace, /, as_json: bool, plan: bool, **options: Any) -> None:
+    """Train the teacher on unlabelled pictures: MoCo v3 for ViT, MoBY for Swin.
+
+    \b
+    mimco train stage1 --data ./photos
+    mimco train stage1 --data ./photos --preset swin_tiny
+    mimco train stage1 --data a.tar --data b.tar --epochs 50 --set optim.weight_decay=0.05
+    torchrun --nproc-per-node 8 --no-python mimco train stage1 --data ./photos --preset vit_small
+    """
+    with extra("train"):
+        from mimco_deploy.training.runs import Request, open_stage1
+        from mimco_deploy.training.stages import train_stage1
+
+    config, resume = open_stage1(workspace.stage1, Request(**options))
+    if plan:
+        _print_plan(config, as_json)
+        return
+    if options["grad_accum"] == "auto" and resume is None:
+        config = _fit_to_memory(config)
+    with _training_bar("stage 1") as show:
+        train_stage1(config, workspace.stage1, resume=resume, on_step=show)
+    _print_trained(workspace.stage1, as_json)
+
+
+@train.command()
+@click.option(
+    "--method",
+    type=click.Choice(["mimco", "fd", "simmim", "mae", "joint"]),
+    help="MimCo, or one of the controls.  [default: mimco]",
+)
+@click.option(
+    "--teacher",
+    metavar="SOURCE",
+    help="A checkpoint, a file of published weights, a folder of timm's, or timm/NAME.  [default: stage 1]",
+)
+@click.option("--init-from-teacher/--init-at-random", default=None, help="Where the student starts.")
+@_training_options
+@click.pass_obj
+def stage2(workspace: Workspace, /, as_json: bool, plan: bool, **options: Any) -> None:
+    """Train the student: MimCo's masked image modelling against the frozen teacher, or a method to compare it with.
+
+    Pictures and backbone are the teacher's, unless others are given.
+
+    \b
+    mimco train stage2
+    mimco train stage2 --teacher vit-s-300ep.pth.tar --data ./photos
+    mimco train stage2 --teacher timm/vit_small_patch16_224.dino --data ./photos
+    mimco train stage2 --method simmim
+    """
+    with extra("train"):
+        from mimco_deploy.training.runs import Request, open_stage2
+        from mimco_deploy.training.stages import train_stage2
+
+    config, resume = open_stage2(workspace.stage2, workspace.stage1, Request(**options))
+    if plan:
+        _print_plan(config, as_json)
+        return
+    if options["grad_accum"] == "auto" and resume is None:
+        config = _fit_to_memory(config)
+    with _training_bar("stage 2") as show:
+        train_stage2(config, workspace.stage2, resume=resume, on_step=show)
+    _print_trained(workspace.stage2, as_json)
+
+
+def _fit_to_memory(config: ConfigT) -> ConfigT:
+    from mimco_deploy.training.plan import fit_to_memory
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("--grad-accum auto in several processes", expected="a number; --plan in one process tells it")
+    return fit_to_memory(config)
+
+
+def _print_plan(config: Stage1Config | Stage2Config, as_json: bool) -> None:
+    from mimco_deploy.training.plan import plan_run
+
+    plan = plan_run(config)
+    if as_json:
+        print_json(asdict(plan))
+        return
+    fits = "fits" if plan.micro_batch <= plan.largest_micro_batch else "does not fit"
+    rows = {
+        "parameters": f"{plan.encoder_parameters:,} of the encoder, {plan.trained_parameters:,} trained with heads",
+        "run": f"{plan.steps:,} steps over {plan.pictures:,} pictures",
+        "micro-batch": f"{plan.micro_batch} images × {plan.accumulate}; up to {plan.largest_micro_batch} at once fit",
+        "memory": f"{plan.step_mib:,.0f} MiB a step of {plan.available_mib:,.0f} free ({plan.fixed_mib:,.0f} and "
+        f"{plan.image_mib:.1f} an image): {fits}",
+        "speed": f"{plan.images_per_s:,.0f} images/s in small steps, without loading",
+        "time": f"{plan.hours:,.1f} hours",
+        "disk": f"{plan.disk_mib:,.0f} MiB for checkpoints",
+    }
+    for name, text in rows.items():
+        click.echo(f"{name:<12} {text}")
+
+
+@contextlib.contextmanager
+def _training_bar(title: str) -> Iterator[Callable[[StepReport], None]]:
+    from mimco_deploy.terminal import training_bar
+
+    with training_bar(title, silent=not IS_MAIN_PROCESS) as show:
+        yield show
+
+
+def _print_trained(folder: Path, as_json: bool) -> None:
+    from mimco_deploy.training.checkpoint import read_checkpoint
+    from mimco_deploy.training.runs import LAST
+
+    if not IS_MAIN_PROCESS:
+        return
+    checkpoint = read_checkpoint(folder / LAST)
+    if as_json:
+        print_json({"checkpoint": checkpoint.path, "stage": checkpoint.stage, "step": checkpoint.step})
+    else:
+        click.echo(f"{checkpoint.stage}: {checkpoint.step} steps, checkpoint in {checkpoint.path}")
