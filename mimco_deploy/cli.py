@@ -8,7 +8,7 @@ import click
 
 from mimco_deploy import __version__
 from mimco_deploy.commands.bench import bench, doctor
-from mimco_deploy.commands.common import IS_MAIN_PROCESS, Folder, Group
+from mimco_deploy.commands.common import IS_MAIN_PROCESS, Folder, Group, set_up_logging
 from mimco_deploy.commands.export import export
 from mimco_deploy.commands.index import index
 from mimco_deploy.commands.search import search
@@ -31,8 +31,6 @@ def main(ctx: click.Context, workspace: Path | None, verbose: bool) -> None:
     mimco index ./photos                  an index over folders
     mimco search query.jpg                the pictures most like this one
     """
-    from mimco_deploy.terminal import set_up_logging
-
     set_up_logging(verbose, silent=not IS_MAIN_PROCESS)
     ctx.obj = find_workspace(workspace)
 

@@ -24,7 +24,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-ImageProblem = Literal["missing", "unreadable", "empty", "too_large", "unsupported", "truncated", "corrupt"]
+ImageProblem = Literal[
+    "missing", "unreadable", "empty", "too_large", "unsupported", "truncated", "corrupt", "timeout", "crashed"
+]
+"""Why a file is no picture. The last two: its decoder did not come to an end in time, or brought its process down."""
 
 
 class MimcoError(Exception):

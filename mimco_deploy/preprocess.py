@@ -9,6 +9,7 @@ Standard library, NumPy and Pillow only.
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -16,6 +17,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from mimco_deploy.errors import ConfigError, ImageError
+from mimco_deploy.images import decode_image, read_image
 
 Interpolation = Literal["bicubic", "bilinear"]
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -48,11 +50,36 @@ def preprocess(
         raise ConfigError(
             f"image size {image_size_px} px with crop share {crop_share}", expected="a size ≥ 1 and a share in (0, 1]"
         )
-    resized = _resize(_without_far_ends(picture), math.floor(image_size_px / crop_share), _FILTERS[interpolation])
+    resized = _resize(_without_far_ends(picture), _short_side(image_size_px, crop_share), _FILTERS[interpolation])
     # Python's round, half to even, is what torchvision uses.
     left = round((resized.width - image_size_px) / 2)
     top = round((resized.height - image_size_px) / 2)
     return np.array(resized.crop((left, top, left + image_size_px, top + image_size_px)))  # [H, W, 3]
+
+
+def decode_pixels(
+    content: bytes, name: str, image_size_px: int, crop_share: float, interpolation: Interpolation
+) -> npt.NDArray[np.uint8]:
+    """An encoded picture as the pixels that an encoder takes: `decode_image`, then `preprocess`.
+
+    Every picture that is indexed or searched with comes through here or `read_pixels`, so that large JPEGs are reduced
+    by the decoder alike on both sides.
+    """
+    picture = decode_image(content, name, _short_side(image_size_px, crop_share))
+    return preprocess(picture, image_size_px, crop_share, interpolation)
+
+
+def read_pixels(
+    path: Path, image_size_px: int, crop_share: float, interpolation: Interpolation
+) -> npt.NDArray[np.uint8]:
+    """A picture on the disk as `decode_pixels` gives it."""
+    picture = read_image(path, _short_side(image_size_px, crop_share))
+    return preprocess(picture, image_size_px, crop_share, interpolation)
+
+
+def _short_side(image_size_px: int, crop_share: float) -> int:
+    """The short side in pixels that a picture is resized to before the crop."""
+    return math.floor(image_size_px / crop_share)
 
 
 def _resize(picture: Image.Image, short_px: int, resampling: Image.Resampling) -> Image.Image:

@@ -1,35 +1,23 @@
-"""Progress bars and warnings on stderr, by rich. Used by the command line only; results are its own, on stdout."""
+"""Progress bars on stderr and tables, by rich. Used by the command line only; results are its own, on stdout."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from mimco_deploy.serving.update import Progress as UpdateProgress
     from mimco_deploy.training.loop import StepReport
 
 talk = Console(stderr=True, highlight=False)
-
-
-def set_up_logging(verbose: bool, silent: bool = False) -> None:
-    """Send warnings to stderr without disturbing a bar; with `verbose`, all that the package says; `silent`, errors."""
-    handler: logging.Handler = logging.StreamHandler()
-    if talk.is_terminal:  # without one, rich would fold lines at 80 columns
-        handler = RichHandler(console=talk, show_time=False, show_path=False, show_level=False, markup=False)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
-    logging.getLogger("timm").setLevel(logging.ERROR)  # speaks of schedules of a few steps
-    level = logging.ERROR if silent else logging.INFO if verbose else logging.WARNING
-    logging.getLogger("mimco_deploy").setLevel(level)
 
 
 def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -65,6 +53,26 @@ def counting_bar(title: str) -> Iterator[Callable[[int, int], None]]:
     with _bar() as progress:
         task = progress.add_task(title, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+@contextlib.contextmanager
+def indexing_bar() -> Iterator[Callable[[UpdateProgress], None]]:
+    """A bar with images/s, share of waiting and time left; without a terminal, a line for each tenth."""
+    with _bar(TextColumn("{task.fields[note]}")) as progress:
+        task = progress.add_task("walking", total=None, note="")
+        tenths = 0
+
+        def show(update: UpdateProgress) -> None:
+            nonlocal tenths
+            note = f"{update.images_per_s:.0f} images/s · {update.waiting:.0%} waiting" if update.done else ""
+            progress.update(
+                task, description=update.doing, completed=update.done, total=update.total or None, note=note
+            )
+            if not talk.is_terminal and update.total and 10 * update.done // update.total > tenths:
+                tenths = 10 * update.done // update.total
+                talk.print(f"{update.doing}: {update.done} of {update.total}: {note}", soft_wrap=True)
+
+        yield show
 
 
 def _bar(*more: TextColumn, silent: bool = False) -> Progress:

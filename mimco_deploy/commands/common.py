@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -51,6 +53,21 @@ def extra(name: str) -> Iterator[None]:
         raise MissingExtraError(f"the package {error.name} is not installed", command=command) from error
 
 
+def set_up_logging(verbose: bool, silent: bool = False) -> None:
+    """Send warnings to stderr without disturbing a bar; with `verbose`, all that the package says; `silent`, errors."""
+    handler: logging.Handler = logging.StreamHandler()
+    if sys.stderr.isatty():  # without one, rich would fold lines at 80 columns, and it takes a while to import
+        from rich.logging import RichHandler
+
+        from mimco_deploy.terminal import talk
+
+        handler = RichHandler(console=talk, show_time=False, show_path=False, show_level=False, markup=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    logging.getLogger("timm").setLevel(logging.ERROR)  # speaks of schedules of a few steps
+    level = logging.ERROR if silent else logging.INFO if verbose else logging.WARNING
+    logging.getLogger("mimco_deploy").setLevel(level)
+
+
 def print_json(document: object) -> None:
     """One JSON document on stdout."""
     click.echo(json.dumps(document, default=str))
@@ -60,7 +77,9 @@ def runtime_options(function: FunctionT) -> FunctionT:
     """Options that say which encoder runs, and where; `load_encoder` takes them."""
     options = [
         click.option(
-            "--encoder", type=AnyPath, help="Bundle: folder, .zip or .tar.  [default: the workspace's encoder]"
+            "--encoder",
+            type=AnyPath,
+            help="Bundle: folder, .zip or .tar.  [default: the index's, else the workspace's]",
         ),
         click.option(
             "--device",
@@ -76,11 +95,18 @@ def runtime_options(function: FunctionT) -> FunctionT:
     return function
 
 
+def encoder_path(workspace: Workspace, given: Path | None) -> Path:
+    """The bundle to use: the one given, else the one that the index was made with, else the workspace's."""
+    from mimco_deploy.serving.inspect import recorded_encoder
+
+    return given or recorded_encoder(workspace.index) or workspace.encoder
+
+
 def load_encoder(workspace: Workspace, encoder: Path | None, device: Device, strict: bool) -> Encoder:
     """The encoder that `runtime_options` ask for."""
     from mimco_deploy.serving.encoders import load_encoder as load
 
-    return load(encoder or workspace.encoder, device, strict=strict)
+    return load(encoder_path(workspace, encoder), device, strict=strict)
 
 
 def run_by(encoder: Encoder) -> dict[str, str]:

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from mimco_deploy.commands.common import Folder, json_option, load_encoder, print_json, run_by, runtime_options
+from mimco_deploy.commands.common import (
+    Folder,
+    FunctionT,
+    encoder_path,
+    json_option,
+    print_json,
+    run_by,
+    runtime_options,
+)
 from mimco_deploy.errors import IndexStoreError
 from mimco_deploy.workspace import Workspace
+
+if TYPE_CHECKING:
+    from mimco_deploy.serving.encoders import Device
+    from mimco_deploy.serving.tuning import Tuning
 
 
 class _IndexGroup(click.Group):
@@ -32,44 +44,130 @@ def index() -> None:
     mimco index                    bring all folders up to date
     mimco index status             what the index holds
     mimco index problems --json    the files that are no pictures, and why
+    mimco index verify             whether all of it is as it was written
     """
+
+
+class _Move(click.ParamType):  # type: ignore[type-arg]  # generic in newer clicks only
+    """Two folders, OLD=NEW."""
+
+    name = "OLD=NEW"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Path, Path]:
+        """Split at the equals sign."""
+        if isinstance(value, tuple):
+            return value
+        old, sign, new = str(value).partition("=")
+        if not (old and sign and new):
+            self.fail(f"{value} is not of the form OLD=NEW", param, ctx)
+        return Path(old), Path(new)
+
+
+def _update_options(function: FunctionT) -> FunctionT:
+    options = [
+        click.option(
+            "--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Pictures embedded at once."
+        ),
+        click.option(
+            "--file-timeout",
+            type=click.FloatRange(min=0.1),
+            default=60.0,
+            show_default=True,
+            metavar="SECONDS",
+            help="After which a file is given up.",
+        ),
+        click.option(
+            "--file-memory",
+            type=click.IntRange(min=256),
+            default=2048,
+            show_default=True,
+            metavar="MIB",
+            help="That the process which decodes a file may take.",
+        ),
+        runtime_options,
+        json_option,
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
 
 
 @index.command()
 @click.argument("folders", nargs=-1, type=Folder)
-@click.option("--rebuild", is_flag=True, help="Embed everything again, as after a change of encoder.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Pictures in one commit.")
-@runtime_options
-@json_option
+@click.option("--root", "moves", type=_Move(), multiple=True, help="An indexed folder lies elsewhere now; repeatable.")
+@click.option("--retry-problems", is_flag=True, help="Read files again that were no pictures, although unchanged.")
+@_update_options
 @click.pass_obj
 def update(
     workspace: Workspace,
     /,
     folders: tuple[Path, ...],
-    rebuild: bool,
-    batch_size: int,
-    as_json: bool,
-    **runtime: Any,
+    moves: tuple[tuple[Path, Path], ...],
+    retry_problems: bool,
+    **options: Any,
 ) -> None:
     """Index FOLDERS, or bring those indexed before up to date. `update` can be left out.
 
     Only new and changed pictures are embedded; what is gone is dropped.
     """
-    from mimco_deploy.serving.update import update_index
-    from mimco_deploy.terminal import counting_bar
+    from mimco_deploy.serving.roots import move_roots
 
-    encoder = load_encoder(workspace, **runtime)
-    with counting_bar("index") as show:
+    for old, new in moves:
+        move_roots(workspace.index, old, new)
+    _update(workspace, folders, encoder_path(workspace, options["encoder"]), retry_problems=retry_problems, **options)
+
+
+@index.command()
+@click.argument("folders", nargs=-1, type=Folder)
+@_update_options
+@click.pass_obj
+def reindex(workspace: Workspace, /, folders: tuple[Path, ...], **options: Any) -> None:
+    """Embed everything again, beside the index, and put it in place when it is whole: another encoder, a broken index.
+
+    All indexed folders and FOLDERS. The encoder is the workspace's, or the one given. Searches see the old index
+    meanwhile. What was cut short goes on where it stopped.
+    """
+    _update(workspace, folders, options["encoder"] or workspace.encoder, rebuild=True, **options)
+
+
+def _update(
+    workspace: Workspace,
+    folders: tuple[Path, ...],
+    bundle: Path,
+    *,
+    device: Device,
+    strict: bool,
+    as_json: bool,
+    file_timeout: float,
+    file_memory: int,
+    **options: Any,
+) -> None:
+    from mimco_deploy.serving.encoders import LazyEncoder
+    from mimco_deploy.serving.guarded import Limits
+    from mimco_deploy.serving.update import update_index
+    from mimco_deploy.terminal import indexing_bar
+
+    del options["encoder"]
+    encoder = LazyEncoder(bundle, device, strict=strict)
+    own = bundle.absolute() == workspace.encoder.absolute()
+    with indexing_bar() as show:
         report = update_index(
-            workspace.index, folders, encoder, batch_size=batch_size, rebuild=rebuild, on_progress=show
+            workspace.index,
+            folders,
+            encoder,
+            limits=Limits(seconds=file_timeout, memory_mib=file_memory),
+            encoder_path=None if own else bundle,
+            on_progress=show,
+            **options,
         )
+    ran = encoder.loaded
     if as_json:
-        print_json({**asdict(report), **run_by(encoder)})
+        print_json({**asdict(report), "fingerprint": encoder.spec.fingerprint, **(run_by(ran) if ran else {})})
         return
     click.echo(
         f"{report.counts.files} pictures indexed: {report.added} added, {report.changed} changed, "
-        f"{report.removed} removed, {report.unchanged} unchanged; {report.embedded} embedded "
-        f"({encoder.provider}, {encoder.precision})"
+        f"{report.removed} removed, {report.unchanged} unchanged; {report.embedded} embedded"
+        + (f" ({ran.provider}, {ran.precision})" if ran else "")
     )
     for folder in report.unreachable:
         click.echo(f"kept {folder.kept} pictures of {folder.path}, which cannot be read: {folder.reason}", err=True)
@@ -114,7 +212,12 @@ def status(workspace: Workspace, /, as_json: bool) -> None:
         f"{counts.files} pictures ({counts.contents} different ones) and {counts.problems} problems, "
         f"{counts.dead} embeddings that no file needs, {found.bytes / 2**20:,.1f} MiB"
     )
-    click.echo(f"encoder {found.fingerprint[:12]}, {found.embedding_dim} numbers each, generation {found.generation}")
+    made_by = ", ".join(f"{name} {value}" for name, value in found.made_by.items())
+    click.echo(
+        f"encoder {found.fingerprint[:12]}, {found.embedding_dim} numbers each{made_by and f', {made_by}'}; "
+        f"generation {found.generation}"
+    )
+    click.echo(f"search: {_in_words(found.search)}")
     rows = [
         [readable(root.path), str(root.files), str(root.problems), "" if root.reachable else "cannot be reached"]
         for root in found.roots
@@ -151,5 +254,104 @@ def verify(workspace: Workspace, /, as_json: bool) -> None:
         click.echo("the index is whole")
     if wrong:
         raise IndexStoreError(
-            f"{workspace.index}: {'; '.join(wrong)}", expected="a whole index", command="mimco index --rebuild"
+            f"{workspace.index}: {'; '.join(wrong)}", expected="a whole index", command="mimco index repair"
         )
+
+
+@index.command()
+@json_option
+@click.pass_obj
+def repair(workspace: Workspace, /, as_json: bool) -> None:
+    """Keep all of a damaged index that is sound, and say what the next update has to embed again."""
+    from mimco_deploy.serving.rewrite import repair as repair_index
+
+    report = repair_index(workspace.index)
+    if as_json:
+        print_json(asdict(report))
+        return
+    click.echo(f"{report.files} pictures kept, {report.dropped_embeddings} embeddings dropped")
+    if report.lost_files:
+        click.echo(f"{report.lost_files} pictures have to be embedded again; run: mimco index")
+
+
+@index.command()
+@json_option
+@click.pass_obj
+def compact(workspace: Workspace, /, as_json: bool) -> None:
+    """Drop embeddings that no file needs any more. Nothing is embedded again."""
+    from mimco_deploy.serving.rewrite import compact as compact_index
+
+    report = compact_index(workspace.index)
+    if as_json:
+        print_json(asdict(report))
+        return
+    click.echo(
+        f"{report.dropped_embeddings} embeddings dropped: "
+        f"{report.bytes_before / 2**20:,.1f} MiB before, {report.bytes_after / 2**20:,.1f} MiB now"
+    )
+
+
+@index.command()
+@click.option("--latency-ms", type=click.FloatRange(min=0), default=50.0, show_default=True, help="For one query.")
+@click.option("--memory-mib", type=click.IntRange(min=1), default=1024, show_default=True, help="For an approximation.")
+@click.option(
+    "--recall",
+    type=click.FloatRange(min=0, max=1, min_open=True),
+    default=0.95,
+    show_default=True,
+    help="Least share of the true 10 nearest that a search finds.",
+)
+@json_option
+@click.pass_obj
+def tune(workspace: Workspace, /, latency_ms: float, memory_mib: int, recall: float, as_json: bool) -> None:
+    """Say what a search may cost, and build what it takes; measured on the index itself. Updates keep to it.
+
+    While reading every embedding stays within the latency, search is exact.
+    """
+    from mimco_deploy.serving.tuning import Budget, tune_index
+
+    tuning = tune_index(workspace.index, Budget(latency_ms=latency_ms, memory_mib=memory_mib, recall=recall))
+    if as_json:
+        print_json(asdict(tuning))
+    else:
+        click.echo(_in_words(tuning))
+
+
+@index.command("export")
+@click.argument("target", type=click.Path(path_type=Path, dir_okay=False))
+@json_option
+@click.pass_obj
+def export_command(workspace: Workspace, /, target: Path, as_json: bool) -> None:
+    """Write all files and their embeddings to TARGET, a name that ends in .parquet or .npy."""
+    from mimco_deploy.serving.interchange import export_index
+
+    count = export_index(workspace.index, target)
+    if as_json:
+        print_json({"target": target, "files": count})
+    else:
+        click.echo(f"{count} pictures written to {target}")
+
+
+@index.command("import")
+@click.argument("source", type=click.Path(path_type=Path, dir_okay=False))
+@json_option
+@click.pass_obj
+def import_command(workspace: Workspace, /, source: Path, as_json: bool) -> None:
+    """Take the files and embeddings of an export into the index. Nothing is embedded."""
+    from mimco_deploy.serving.interchange import import_index
+
+    count = import_index(workspace.index, source)
+    if as_json:
+        print_json({"source": source, "files": count})
+    else:
+        click.echo(f"{count} pictures taken in")
+
+
+def _in_words(tuning: Tuning) -> str:
+    text = f"{tuning.kind}, since {tuning.reason}"
+    if tuning.recall is None:
+        return text
+    return (
+        f"{text}; finds {tuning.recall:.3f} ± {tuning.recall_error or 0:.3f} of the true 10 nearest in "
+        f"{tuning.query_ms:.2f} ms, exact search takes {tuning.exact_ms:.1f} ms"
+    )

@@ -1,44 +1,138 @@
 """Nearest neighbours by inner product. The only file that touches FAISS.
 
-FAISS scans; what it returns is scored again in float64. So a score depends on the two embeddings only, not on how many
-queries were asked at once or where a row lies, and equal embeddings tie exactly.
+FAISS proposes; what it returns is scored again in float64 from the stored embeddings. So a score depends on the two
+embeddings only, not on how many queries were asked at once, where a row lies or how an approximation rounds it, and
+equal embeddings tie exactly.
+
+An approximation is an inverted file over the first rows of the store: each row lies in the list of its nearest
+centroid, as 8-bit numbers or as a product code, and a search reads the lists nearest to the query. Rows that came
+since are scanned. Dead rows are passed over by a selection while searching; FAISS is never asked to remove anything.
 """
 
 from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
 import numpy.typing as npt
 
-# Candidates fetched beyond k, so that the true k are among them although FAISS sums in float32.
+from mimco_deploy.errors import IndexStoreError
+
+# Candidates fetched beyond k, so that the true k are among them although FAISS sums in float32 or rounds to 8 bits.
 _SPARE = 16
+# Product codes are coarse: this many candidates for each hit, then the stored embeddings decide.
+_PER_HIT_OF_CODES = 10
 # Two float32 sums of the same unit-length embeddings differ by less: 384 terms give 1e-6.
 _ROUNDING = 1e-5
+MAX_APPROXIMATE_K = 100
+"""More hits than this are searched exactly: how many lists to read was tuned for few."""
+_TRAINING_ROWS_PER_LIST = 48
+_MIN_TRAINING_ROWS = 10_000
+"""For the codes, where there are few lists."""
+_ADDED_AT_ONCE = 2**16
+_SEED = 2209
 
 Scores = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.int64]
+Vectors = npt.NDArray[np.float32]
 
 
-def search_exact(
-    vectors: npt.NDArray[np.float32], live: npt.NDArray[np.bool_] | None, queries: npt.NDArray[np.float32], k: int
-) -> tuple[Scores, Rows]:
-    """Find the k rows of highest inner product with each query, by looking at all.
+@dataclass(frozen=True)
+class Approximation:
+    """One approximate index on the disk, and how to search it."""
+
+    file: Path
+    kind: str
+    """FAISS factory string, such as `IVF4096,SQ8`."""
+    rows: int
+    """The first rows of the store, which it covers."""
+    nprobe: int
+    """Lists to read."""
+
+
+class Selection:
+    """Which rows may be returned, in the form that FAISS takes.
+
+    Args:
+        mask: [N], True where a row may be returned.
+    """
+
+    def __init__(self, mask: npt.NDArray[np.bool_]) -> None:
+        self.count = int(mask.sum())
+        self._bits = np.packbits(mask, bitorder="little")  # FAISS keeps the address: it must live as long
+        self.faiss: Any = faiss.IDSelectorBitmap(len(mask), faiss.swig_ptr(self._bits))
+
+
+class Searcher:
+    """Finds rows of one state of a store. Safe to use from several threads.
 
     Args:
         vectors: [N, D], unit length; a memory map is read in place.
-        live: [N], rows that may be returned; all where None.
-        queries: [Q, D], unit length.
-        k: at least 1; fewer come back where fewer are live.
+        dead: rows that are never returned, rising.
+        approximation: to search with; exact where None.
 
-    Returns:
-        Scores [Q, k'] falling, and their rows [Q, k'], k' = min(k, live rows); equal scores by rising row.
+    Raises:
+        IndexStoreError: the approximation cannot be opened, or is of other embeddings.
     """
-    count = len(vectors) if live is None else int(live.sum())
+
+    def __init__(self, vectors: Vectors, dead: Rows | None = None, approximation: Approximation | None = None) -> None:
+        self._vectors = vectors
+        self._live = _selection(len(vectors), dead)
+        self.count = len(vectors) if self._live is None else self._live.count
+        self._ivf: Any = None
+        if approximation is not None:
+            self._ivf = _open(approximation, vectors)
+            self._nprobe = approximation.nprobe
+            self._per_hit = 1 if "SQ8" in approximation.kind else _PER_HIT_OF_CODES
+            self._covered = approximation.rows
+            tail_dead = None if dead is None else dead[dead >= self._covered] - self._covered
+            self._tail = Searcher(vectors[self._covered :], tail_dead)
+
+    def search(self, queries: Vectors, k: int) -> tuple[Scores, Rows]:
+        """Find the k rows of highest inner product with each query.
+
+        Args:
+            queries: [Q, D], unit length.
+            k: at least 1; fewer come back where fewer rows are live.
+
+        Returns:
+            Scores [Q, k'] falling, and their rows [Q, k'], k' = min(k, live rows); equal scores by rising row.
+        """
+        queries = np.ascontiguousarray(queries, np.float32)
+        k = min(k, self.count)
+        if self._ivf is None or k > MAX_APPROXIMATE_K or k == 0:
+            return _search_exact(self._vectors, self._live, queries, k)
+        _, tail = self._tail.search(queries, k)
+        proposed = np.concatenate([self._proposed(queries, k), tail + self._covered], axis=1)
+        scores, rows = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
+        for number, (query, found) in enumerate(zip(queries, proposed, strict=True)):
+            candidates = np.unique(found[(found >= 0) & (found < len(self._vectors))])  # the file may be damaged
+            if len(candidates) < k:  # the lists read hold too few live rows
+                exact = _search_exact(self._vectors, self._live, query[np.newaxis], k)
+                scores[number], rows[number] = exact[0][0], exact[1][0]
+                continue
+            again = _scored_again(self._vectors, query[np.newaxis], candidates[np.newaxis])
+            scores[number], rows[number] = again[0][0, :k], again[1][0, :k]
+        return scores, rows
+
+    def _proposed(self, queries: Vectors, k: int) -> Rows:
+        parameters: Any = faiss.SearchParametersIVF()
+        parameters.nprobe = self._nprobe
+        parameters.sel = self._live.faiss if self._live else None
+        fetched = min(self._covered, k * self._per_hit + _SPARE)
+        return np.asarray(self._ivf.search(queries, fetched, params=parameters)[1], np.int64)  # [Q, fetched], −1: none
+
+
+def _search_exact(vectors: Vectors, live: Selection | None, queries: Vectors, k: int) -> tuple[Scores, Rows]:
+    """As `Searcher.search`, by looking at all rows."""
+    count = len(vectors) if live is None else live.count
     k = min(k, count)
     if k == 0:
         return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
-    if live is not None and count == len(vectors):
-        live = None
     fetched = min(count, k + _SPARE)
     while True:
         scores, rows = _scored_again(vectors, queries, _scan(vectors, live, queries, fetched))
@@ -48,16 +142,94 @@ def search_exact(
         fetched = min(count, 4 * fetched)
 
 
-def _scan(
-    vectors: npt.NDArray[np.float32], live: npt.NDArray[np.bool_] | None, queries: npt.NDArray[np.float32], k: int
-) -> Rows:
+def build(path: Path, kind: str, vectors: Vectors) -> None:
+    """Train an approximate index on embeddings, fill it with them and write it.
+
+    Args:
+        path: file to make; synced.
+        kind: FAISS factory string of an inverted file.
+        vectors: [N, D], read in portions.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    index: Any = faiss.index_factory(vectors.shape[1], kind, faiss.METRIC_INNER_PRODUCT)
+    index.cp.seed = _SEED
+    index.cp.niter = 10
+    index.cp.max_points_per_centroid = _TRAINING_ROWS_PER_LIST
+    index.cp.min_points_per_centroid = 1  # fewer are no reason to write to stderr
+    wanted = min(len(vectors), max(_TRAINING_ROWS_PER_LIST * index.nlist, _MIN_TRAINING_ROWS))
+    chosen = np.sort(np.random.default_rng(_SEED).choice(len(vectors), wanted, replace=False))
+    index.train(np.ascontiguousarray(vectors[chosen]))
+    _fill_and_write(index, vectors, path)
+
+
+def extend(old: Path, new: Path, vectors: Vectors) -> None:
+    """Write an approximate index with the rows added that the store has beyond it; what was trained stays.
+
+    Args:
+        old: made by `build`.
+        new: file to make; synced.
+        vectors: [N, D], the first of them those of `old`.
+
+    Raises:
+        OSError: `old` cannot be read or `new` not written.
+    """
+    try:
+        index: Any = faiss.read_index(os.fspath(old))
+    except RuntimeError as error:
+        raise _refused(error, old, "read") from error
+    if index.d != vectors.shape[1] or index.ntotal > len(vectors):
+        raise OSError(None, f"{old.name} holds {index.ntotal} embeddings of {index.d} numbers", os.fspath(old))
+    _fill_and_write(index, vectors, new)
+
+
+def _fill_and_write(index: Any, vectors: Vectors, path: Path) -> None:
+    for start in range(index.ntotal, len(vectors), _ADDED_AT_ONCE):
+        index.add(np.ascontiguousarray(vectors[start : start + _ADDED_AT_ONCE]))
+    try:
+        faiss.write_index(index, os.fspath(path))
+    except RuntimeError as error:
+        raise _refused(error, path, "write") from error
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _refused(error: RuntimeError, path: Path, verb: str) -> OSError:
+    return OSError(None, f"FAISS cannot {verb} it: {str(error).splitlines()[0][-100:]}", os.fspath(path))
+
+
+def _selection(count: int, dead: Rows | None) -> Selection | None:
+    if dead is None or len(dead) == 0:
+        return None
+    mask = np.ones(count, np.bool_)
+    mask[dead] = False
+    return Selection(mask)
+
+
+def _open(approximation: Approximation, vectors: Vectors) -> Any:
+    again = "mimco index tune"
+    try:
+        index: Any = faiss.read_index(os.fspath(approximation.file), faiss.IO_FLAG_MMAP_IFC)
+    except (RuntimeError, MemoryError) as error:
+        reason = str(error).splitlines()[0][-100:]
+        raise IndexStoreError(f"{approximation.file} cannot be opened ({reason})", command=again) from error
+    found = (index.ntotal, index.d)
+    if found != (approximation.rows, vectors.shape[1]) or len(vectors) < approximation.rows:
+        raise IndexStoreError(
+            f"{approximation.file} holds {found[0]} embeddings of {found[1]} numbers",
+            expected=f"{approximation.rows} of {vectors.shape[1]}",
+            command=again,
+        )
+    return index
+
+
+def _scan(vectors: Vectors, live: Selection | None, queries: Vectors, k: int) -> Rows:
     queries = np.ascontiguousarray(queries, np.float32)
     vectors = np.ascontiguousarray(vectors, np.float32)  # no copy of a little-endian map
     if live is None:
         return np.asarray(faiss.knn(queries, vectors, k, metric=faiss.METRIC_INNER_PRODUCT)[1], np.int64)  # [Q, k]
     # `faiss.knn` takes no selection; what it wraps does.
-    bits = np.packbits(live, bitorder="little")
-    selection = faiss.IDSelectorBitmap(len(vectors), faiss.swig_ptr(bits))
     scores, rows = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
     faiss.knn_inner_product(
         faiss.swig_ptr(queries),
@@ -68,14 +240,12 @@ def _scan(
         k,
         faiss.swig_ptr(scores),
         faiss.swig_ptr(rows),
-        selection,
+        live.faiss,
     )
     return rows
 
 
-def _scored_again(
-    vectors: npt.NDArray[np.float32], queries: npt.NDArray[np.float32], candidates: Rows
-) -> tuple[Scores, Rows]:
+def _scored_again(vectors: Vectors, queries: Vectors, candidates: Rows) -> tuple[Scores, Rows]:
     scores, rows = np.empty(candidates.shape, np.float32), np.empty_like(candidates)
     for number, (query, found) in enumerate(zip(queries, candidates, strict=True)):
         exact = (vectors[found].astype(np.float64) * query).sum(axis=1).astype(np.float32)  # [k]

@@ -1,13 +1,14 @@
 """The catalogue of an index: which file holds which content, and where its embedding lies. One SQLite file; the truth.
 
-    settings  key, value                                   format_version, fingerprint, embedding_dim, revision
+    settings  key, value                                   format_version, fingerprint, embedding_dim, revision, …
     roots     id, path                                     the indexed folders, absolute
-    contents  row, sha256                                  row = position in `vectors.f32`; a content is embedded once
+    contents  row, sha256, crc32, files, facts             row = position in `vectors.f32`; a content is embedded once
     files     root_id, path, size, mtime_ns, row           what a search can return
     problems  root_id, path, size, mtime_ns, problem, found  files that are not pictures, and why
 
 Copies, moved and renamed files share the row of their content. A row that no file names is dead: never a hit, alive
 again when the content comes back. Rows are never taken away, so `max(row) + 1` is the number of embeddings that count.
+`contents.files` counts the files of a row; triggers keep it, so that the few dead rows are found without a look at all.
 
 Paths are stored as the bytes the file system gave (`os.fsencode`), since not every name is text.
 
@@ -19,33 +20,60 @@ pictures takes far longer to embed than to commit. Transactions are short on bot
 from __future__ import annotations
 
 import contextlib
+import json
+import logging
 import os
 import sqlite3
+import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
-from types import TracebackType
+from types import TracebackType, UnionType
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from mimco_deploy.errors import IndexStoreError
+from mimco_deploy.images import Facts
 from mimco_deploy.serving.scan import Stamp
 
-FORMAT_VERSION = 1
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 2
+BUDGET, MADE_BY = "neighbours_budget", "made_by"
+_KEPT_SETTINGS = {BUDGET, MADE_BY}
+"""What outlives a rewrite of the index: all but what is derived from its rows."""
 _WAIT_S = 60.0
+_MAX_VARIABLES = 30_000
+"""In one statement; SQLite takes 32,766."""
 # What SQLite reports where the catalogue is sound and its surroundings are not.
 _PASSING = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL}
+_CONTENT = "sha256, crc32, width_px, height_px, taken, camera"
 _SCHEMA = """
 CREATE TABLE settings (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE roots (id INTEGER PRIMARY KEY, path BLOB NOT NULL UNIQUE);
-CREATE TABLE contents (row INTEGER PRIMARY KEY, sha256 BLOB NOT NULL UNIQUE);
+CREATE TABLE contents (
+    row INTEGER PRIMARY KEY, sha256 BLOB NOT NULL UNIQUE, crc32 INTEGER NOT NULL,
+    width_px INTEGER, height_px INTEGER, taken TEXT, camera TEXT, files INTEGER NOT NULL DEFAULT 0
+);
+CREATE INDEX dead_contents ON contents (row) WHERE files = 0;
 CREATE TABLE files (
     root_id INTEGER NOT NULL REFERENCES roots (id), path BLOB NOT NULL,
     size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, row INTEGER NOT NULL REFERENCES contents (row),
     PRIMARY KEY (root_id, path)
 ) WITHOUT ROWID;
 CREATE INDEX files_by_row ON files (row);
+CREATE TRIGGER file_added AFTER INSERT ON files BEGIN
+    UPDATE contents SET files = files + 1 WHERE row = NEW.row;
+END;
+CREATE TRIGGER file_dropped AFTER DELETE ON files BEGIN
+    UPDATE contents SET files = files - 1 WHERE row = OLD.row;
+END;
+CREATE TRIGGER file_changed AFTER UPDATE OF row ON files BEGIN
+    UPDATE contents SET files = files - 1 WHERE row = OLD.row;
+    UPDATE contents SET files = files + 1 WHERE row = NEW.row;
+END;
 CREATE TABLE problems (
     root_id INTEGER NOT NULL REFERENCES roots (id), path BLOB NOT NULL,
     size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, problem TEXT NOT NULL, found TEXT NOT NULL,
@@ -61,6 +89,29 @@ class Root:
     id: int
     path: Path
     """Absolute, links resolved."""
+
+
+class Listed(NamedTuple):
+    """One file that a search can return."""
+
+    root: str
+    """Indexed folder, absolute."""
+    path: str
+    """Relative to it."""
+    stamp: Stamp
+    row: int
+    sha256: bytes
+    facts: Facts
+
+
+@dataclass(frozen=True)
+class NewContent:
+    """A content that was embedded."""
+
+    sha256: bytes
+    crc32: int
+    """Of the bytes of its embedding."""
+    facts: Facts = field(default_factory=Facts)
 
 
 @dataclass(frozen=True)
@@ -99,9 +150,7 @@ def create_catalog(path: Path, fingerprint: str, dim: int) -> None:
     """
     settings = {"format_version": FORMAT_VERSION, "fingerprint": fingerprint, "embedding_dim": dim, "revision": 0}
     with _explained(path), contextlib.closing(_connect(path, "rwc")) as connection:
-        connection.execute("BEGIN")
-        for statement in _SCHEMA.split(";"):
-            connection.execute(statement)
+        connection.executescript(f"BEGIN; {_SCHEMA}")
         connection.executemany(
             "INSERT INTO settings VALUES (?, ?)", [(key, str(value)) for key, value in settings.items()]
         )
@@ -109,7 +158,7 @@ def create_catalog(path: Path, fingerprint: str, dim: int) -> None:
 
 
 class Catalog:
-    """One connection to a catalogue. Use as a context manager, in one thread.
+    """One connection to a catalogue. Use as a context manager, in one thread at a time.
 
     Calls belong inside `with catalog.snapshot():` or `with catalog.transaction():`, which make them see one state.
 
@@ -130,7 +179,7 @@ class Catalog:
                     raise IndexStoreError(
                         f"{path} has format version {version}",
                         expected=str(FORMAT_VERSION),
-                        command="mimco index --rebuild DIR",
+                        command="mimco index reindex DIR",
                     )
                 self.fingerprint = self._setting("fingerprint")
                 self.embedding_dim = int(self._setting("embedding_dim"))
@@ -176,11 +225,20 @@ class Catalog:
 
     # ------------------------------------------------------------------ what it holds
 
-    def _setting(self, key: str) -> str:
+    def setting(self, key: str) -> str | None:
+        """One of the settings, None where it is not set."""
         row = self._db.execute("SELECT value FROM settings WHERE key = ?", (key,)).fetchone()
-        if row is None:
-            raise IndexStoreError(f"{self._path} has no setting {key!r}", command="mimco index --rebuild DIR")
-        return str(row[0])
+        return None if row is None else str(row[0])
+
+    def _setting(self, key: str) -> str:
+        value = self.setting(key)
+        if value is None:
+            raise IndexStoreError(f"{self._path} has no setting {key!r}", command="mimco index reindex DIR")
+        return value
+
+    def made_by(self) -> dict[str, str]:
+        """What embedded last: `provider`, `precision`, and `encoder`, path of a bundle that is not the workspace's."""
+        return dict(json.loads(self.setting(MADE_BY) or "{}"))
 
     def revision(self) -> int:
         """A number that grows with every change."""
@@ -190,58 +248,74 @@ class Catalog:
         """How many rows of the vector store count."""
         return int(self._db.execute("SELECT coalesce(max(row) + 1, 0) FROM contents").fetchone()[0])
 
-    def live_rows(self) -> npt.NDArray[np.bool_]:
-        """[N] True where at least one file names the row."""
-        live = np.zeros(self.row_count(), np.bool_)
-        live[[row for (row,) in self._db.execute("SELECT DISTINCT row FROM files")]] = True
-        return live
+    def dead_rows(self) -> npt.NDArray[np.int64]:
+        """Rows that no file names, rising."""
+        return np.array([row for (row,) in self._db.execute("SELECT row FROM contents WHERE files = 0")], np.int64)
 
     def counts(self) -> Counts:
         """How much there is of everything."""
-        files, live, rows, problems = self._db.execute(
-            "SELECT (SELECT count(*) FROM files), (SELECT count(DISTINCT row) FROM files),"
+        files, dead, rows, problems = self._db.execute(
+            "SELECT (SELECT count(*) FROM files), (SELECT count(*) FROM contents WHERE files = 0),"
             " (SELECT count(*) FROM contents), (SELECT count(*) FROM problems)"
         ).fetchone()
-        return Counts(files=files, contents=live, dead=rows - live, problems=problems)
+        return Counts(files=files, contents=rows - dead, dead=dead, problems=problems)
 
     def roots(self) -> list[Root]:
         """All indexed folders, sorted by path."""
         rows = self._db.execute("SELECT id, path FROM roots ORDER BY path")
         return [Root(number, Path(os.fsdecode(path))) for number, path in rows]
 
-    def file_stamps(self, root: Root) -> dict[str, Stamp]:
-        """Stamp by relative path of the files below one root."""
+    def file_stamps(self, root: Root) -> dict[str, tuple[int, int]]:
+        """Size and mtime_ns by relative path of the files below one root. Bare tuples: there are many."""
         rows = self._db.execute("SELECT path, size, mtime_ns FROM files WHERE root_id = ?", (root.id,))
-        return {os.fsdecode(path): Stamp(size, mtime) for path, size, mtime in rows}
+        # As os.fsdecode does, which is called too often here to be called.
+        encoding, errors = sys.getfilesystemencoding(), sys.getfilesystemencodeerrors()
+        return {path.decode(encoding, errors): (size, mtime_ns) for path, size, mtime_ns in rows}
 
     def problem_stamps(self, root: Root) -> dict[str, tuple[Stamp, str]]:
         """Stamp and reason class by relative path of the problems below one root."""
         rows = self._db.execute("SELECT path, size, mtime_ns, problem FROM problems WHERE root_id = ?", (root.id,))
         return {os.fsdecode(path): (Stamp(size, mtime), problem) for path, size, mtime, problem in rows}
 
-    def sha256s(self) -> frozenset[bytes]:
+    def sha256s(self) -> set[bytes]:
         """Every content that was ever embedded, about 100 bytes of memory each."""
-        return frozenset(sha256 for (sha256,) in self._db.execute("SELECT sha256 FROM contents"))
+        return {sha256 for (sha256,) in self._db.execute("SELECT sha256 FROM contents")}
 
     def row_of(self, sha256: bytes) -> int | None:
         """Row of a content, dead or alive; None where it was never embedded."""
         found = self._db.execute("SELECT row FROM contents WHERE sha256 = ?", (sha256,)).fetchone()
         return None if found is None else int(found[0])
 
-    def files_of(self, row: int) -> tuple[str, list[Path]]:
-        """The content of one row, SHA-256 in hexadecimal, and the files that hold it, absolute, sorted."""
-        (sha256,) = self._db.execute("SELECT sha256 FROM contents WHERE row = ?", (row,)).fetchone()
-        rows = self._db.execute(
-            "SELECT roots.path, files.path FROM files JOIN roots ON roots.id = root_id WHERE row = ?"
-            " ORDER BY roots.path, files.path",
-            (row,),
-        )
-        return sha256.hex(), [_absolute(root, path) for root, path in rows]
+    def files_of(self, rows: Sequence[int]) -> dict[int, tuple[str, list[Path]]]:
+        """What lies behind rows: the content, SHA-256 in hexadecimal, and its files, absolute, sorted by path."""
+        found: dict[int, tuple[str, list[Path]]] = {}
+        for start in range(0, len(rows), _MAX_VARIABLES):
+            part = rows[start : start + _MAX_VARIABLES]
+            for row, sha256, root, path in self._db.execute(
+                "SELECT contents.row, hex(sha256), roots.path, files.path FROM contents JOIN files USING (row)"
+                f" JOIN roots ON roots.id = root_id WHERE contents.row IN ({', '.join('?' * len(part))})"
+                " ORDER BY roots.path, files.path",
+                part,
+            ):
+                found.setdefault(row, (sha256.lower(), []))[1].append(_absolute(root, path))
+        return found
+
+    def crc32s(self) -> Iterator[tuple[int, int]]:
+        """Row and CRC-32 of the bytes of its embedding, by rising row."""
+        return self._db.execute("SELECT row, crc32 FROM contents ORDER BY row")
 
     def files(self) -> list[Path]:
         """Every file a search can return, absolute, sorted."""
         rows = self._db.execute("SELECT roots.path, files.path FROM files JOIN roots ON roots.id = root_id")
         return sorted(_absolute(root, path) for root, path in rows)
+
+    def listing(self) -> Iterator[Listed]:
+        """Every file that a search can return, by root and path."""
+        for root, path, size, mtime_ns, row, sha256, _, *facts in self._db.execute(
+            f"SELECT roots.path, files.path, size, mtime_ns, row, {_CONTENT} FROM files JOIN contents USING (row)"
+            " JOIN roots ON roots.id = root_id ORDER BY root_id, files.path"
+        ):
+            yield Listed(os.fsdecode(root), os.fsdecode(path), Stamp(size, mtime_ns), row, sha256, Facts(*facts))
 
     def problems(self) -> list[Problem]:
         """Every file that could not be indexed, sorted by path."""
@@ -258,6 +332,11 @@ class Catalog:
         (rows, last) = self._db.execute("SELECT count(*), coalesce(max(row) + 1, 0) FROM contents").fetchone()
         if rows != last:
             found.append(f"{last - rows} of {last} rows have no content")
+        (miscounted,) = self._db.execute(
+            "SELECT count(*) FROM contents WHERE files != (SELECT count(*) FROM files WHERE files.row = contents.row)"
+        ).fetchone()
+        if miscounted:
+            found.append(f"{miscounted} rows count other files than name them")
         return found
 
     def _foreign_keys(self) -> list[tuple[str, int, str, int]]:
@@ -289,15 +368,31 @@ class Catalog:
         self._db.execute("DELETE FROM roots WHERE id = ?", (root.id,))
         return dropped
 
-    def add_contents(self, first_row: int, sha256s: Sequence[bytes]) -> None:
-        """Count new rows, numbered from `first_row`, one for each content."""
-        self._db.executemany("INSERT INTO contents (row, sha256) VALUES (?, ?)", enumerate(sha256s, first_row))
+    def set_setting(self, key: str, value: str | None) -> None:
+        """Record a setting; None forgets it."""
+        if value is None:
+            self._db.execute("DELETE FROM settings WHERE key = ?", (key,))
+        else:
+            self._db.execute("INSERT OR REPLACE INTO settings VALUES (?, ?)", (key, value))
+
+    def move_root(self, root: Root, to: Path) -> None:
+        """Record that a folder lies elsewhere now; its files keep their stamps and embeddings."""
+        self._db.execute("UPDATE roots SET path = ? WHERE id = ?", (os.fsencode(to), root.id))
+
+    def add_contents(self, first_row: int, contents: Iterable[NewContent]) -> None:
+        """Count new rows, numbered from `first_row`."""
+        self._db.executemany(
+            f"INSERT INTO contents (row, {_CONTENT}) VALUES (?, ?, ?, ?, ?, ?, ?)",
+            ((row, new.sha256, new.crc32, *astuple(new.facts)) for row, new in enumerate(contents, first_row)),
+        )
 
     def put_file(self, root: Root, path: str, stamp: Stamp, row: int) -> None:
         """Record that a file holds the content of a row."""
         self._db.execute("DELETE FROM problems WHERE root_id = ? AND path = ?", (root.id, os.fsencode(path)))
         self._db.execute(
-            "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?)", (root.id, os.fsencode(path), *stamp, row)
+            "INSERT INTO files VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE"
+            " SET size = excluded.size, mtime_ns = excluded.mtime_ns, row = excluded.row",
+            (root.id, os.fsencode(path), *stamp, row),
         )
 
     def put_problem(self, root: Root, path: str, stamp: Stamp, problem: str, found: str) -> None:
@@ -316,13 +411,133 @@ class Catalog:
         return self._db.executemany("DELETE FROM files WHERE root_id = ? AND path = ?", keys).rowcount if keys else 0
 
 
+class Salvage:
+    """All that can still be read of a catalogue, damaged or not. Use as a context manager.
+
+    A damaged page ends a table's reading; what lies behind it is read from the other end.
+
+    Args:
+        path: the file.
+
+    Raises:
+        IndexStoreError: it is no catalogue, or its settings cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with _explained(path):
+            self._db = _connect(path, "rw")
+        self._db.text_factory = lambda text: text.decode("utf-8", "replace")
+        try:
+            with _explained(path):
+                self._settings = dict(self._db.execute("SELECT key, value FROM settings"))
+            if self._settings.get("format_version") != str(FORMAT_VERSION):
+                raise IndexStoreError(
+                    f"{path} has format version {self._settings.get('format_version')}", expected=str(FORMAT_VERSION)
+                )
+            self.embedding_dim = int(self._settings["embedding_dim"])
+            self._fingerprint = self._settings["fingerprint"]
+        except (KeyError, ValueError) as error:
+            self._db.close()
+            raise IndexStoreError(f"{path} lacks settings ({error})", expected="a catalogue") from error
+        except BaseException:
+            self._db.close()
+            raise
+
+    def __enter__(self) -> Salvage:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._db.close()
+
+    def crc32s(self) -> Iterator[tuple[int, int]]:
+        """Row and CRC-32 of its embedding, of the contents that `copy_to` copies."""
+        return ((row, crc32) for row, _, crc32, *_ in self._contents())
+
+    def copy_to(self, path: Path, new_rows: npt.NDArray[np.int64]) -> int:
+        """Write another catalogue with the same folders, and contents, files and problems under other row numbers.
+
+        Args:
+            path: file to make.
+            new_rows: [N], new number of each row; −1 where it is left out, with its files.
+
+        Returns:
+            How many files were left out with their rows.
+        """
+        create_catalog(path, self._fingerprint, self.embedding_dim)
+        left_out = 0
+
+        def files() -> Iterator[tuple[Any, ...]]:
+            nonlocal left_out
+            for root, name, size, mtime_ns, row in self._rows(
+                "root_id, path, size, mtime_ns, row", "files", ("root_id", "path"), (int, bytes, int, int, int)
+            ):
+                if 0 <= row < len(new_rows) and new_rows[row] >= 0:
+                    yield root, name, size, mtime_ns, int(new_rows[row])
+                else:
+                    left_out += 1
+
+        contents = (
+            (int(new_rows[row]), *content)
+            for row, *content in self._contents()
+            if 0 <= row < len(new_rows) and new_rows[row] >= 0
+        )
+        problems = self._rows(
+            "root_id, path, size, mtime_ns, problem, found",
+            "problems",
+            ("root_id", "path"),
+            (int, bytes, int, int, str, str),
+        )
+        kept = [(key, value) for key, value in self._settings.items() if key in _KEPT_SETTINGS]
+        with _explained(path), contextlib.closing(_connect(path, "rw")) as new:
+            new.execute("PRAGMA foreign_keys = OFF")  # what names a lost row is taken out below
+            new.execute("BEGIN")
+            new.executemany("INSERT OR REPLACE INTO settings VALUES (?, ?)", kept)
+            new.executemany(
+                "INSERT OR IGNORE INTO roots VALUES (?, ?)", self._rows("id, path", "roots", ("id",), (int, bytes))
+            )
+            new.executemany(f"INSERT OR IGNORE INTO contents (row, {_CONTENT}) VALUES (?, ?, ?, ?, ?, ?, ?)", contents)
+            new.executemany("INSERT OR IGNORE INTO files VALUES (?, ?, ?, ?, ?)", files())
+            new.executemany("INSERT OR IGNORE INTO problems VALUES (?, ?, ?, ?, ?, ?)", problems)
+            for table in ("files", "problems"):
+                new.execute(f"DELETE FROM {table} WHERE root_id NOT IN (SELECT id FROM roots)")
+            left_out += new.execute("DELETE FROM files WHERE row NOT IN (SELECT row FROM contents)").rowcount
+            new.execute("COMMIT")
+        return left_out
+
+    def _contents(self) -> Iterator[tuple[Any, ...]]:
+        types = (int, bytes, int, int | None, int | None, str | None, str | None)
+        for content in self._rows(f"row, {_CONTENT}", "contents", ("row",), types):
+            if len(content[1]) == 32:
+                yield content
+
+    def _rows(
+        self, columns: str, table: str, keys: tuple[str, ...], types: tuple[type | UnionType, ...]
+    ) -> Iterator[tuple[Any, ...]]:
+        """Rows of a table from its beginning; behind a damaged page, from its end. A row may come twice.
+
+        Rows with a value of another type are passed over: the type is stored beside each value, and may be damaged.
+        """
+        for order in ("ASC", "DESC"):
+            by = ", ".join(f"{key} {order}" for key in keys)
+            try:
+                for row in self._db.execute(f"SELECT {columns} FROM {table} ORDER BY {by}"):
+                    if all(map(isinstance, row, types)):
+                        yield row
+            except sqlite3.DatabaseError as error:
+                logger.warning("the table %s is damaged: %s", table, error)
+            else:
+                return
+
+
 def _absolute(root: bytes, path: bytes) -> Path:
     return Path(os.fsdecode(root)) / os.fsdecode(path)
 
 
 def _connect(path: Path, mode: str) -> sqlite3.Connection:
     address = f"{path.absolute().as_uri()}?mode={mode}"
-    connection = sqlite3.connect(address, uri=True, timeout=_WAIT_S, isolation_level=None)
+    connection = sqlite3.connect(address, uri=True, timeout=_WAIT_S, isolation_level=None, check_same_thread=False)
     try:
         connection.execute("PRAGMA synchronous = EXTRA")  # reads the file, so this is where a broken one shows
         connection.execute("PRAGMA foreign_keys = ON")
@@ -340,5 +555,5 @@ def _explained(path: Path) -> Iterator[None]:
         if getattr(error, "sqlite_errorcode", 0) & 0xFF in _PASSING:
             expected, command = "room on the disk, the right to write and no other writer", "mimco index"
         else:
-            expected, command = "a catalogue", "mimco index --rebuild DIR"
+            expected, command = "a catalogue", "mimco index reindex DIR"
         raise IndexStoreError(f"{path}: {error}", expected=expected, command=command) from error

@@ -5,7 +5,8 @@
     ├── lock                flock while somebody writes; holds the writer's process id
     └── 000003/             one generation
         ├── catalog.sqlite
-        └── vectors.f32
+        ├── vectors.f32
+        └── ann-000001.faiss    an approximation for fast searching, where there is one; derived
 
 An update grows the current generation. A rebuild fills the next one beside it and then replaces `index.json`, one
 rename: readers of the old one go on reading what they opened, the lock never moves, and a rebuild that was killed goes
@@ -25,12 +26,14 @@ from pathlib import Path
 
 from mimco_deploy.atomic import sync_dir, write_bytes
 from mimco_deploy.errors import EncoderMismatchError, IndexStoreError
-from mimco_deploy.serving.catalog import Catalog, create_catalog
+from mimco_deploy.serving.catalog import Catalog, Salvage, create_catalog
 from mimco_deploy.serving.vectors import create_vectors, read_vectors
 
 FORMAT_VERSION = 1
 POINTER_FILE = "index.json"
 LOCK_FILE = "lock"
+STAGING_FOLDER = ".staging"
+CATALOG_FILE = "catalog.sqlite"
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Generation:
     @property
     def catalog(self) -> Path:
         """The truth."""
-        return self.path / "catalog.sqlite"
+        return self.path / CATALOG_FILE
 
     @property
     def vectors(self) -> Path:
@@ -74,10 +77,10 @@ def current_generation(index: Path) -> Generation:
         document = json.loads(pointer.read_text(encoding="utf-8"))
         version, number = document["format_version"], int(document["generation"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise IndexStoreError(f"{pointer} cannot be read ({error!r})", command="mimco index --rebuild DIR") from error
+        raise IndexStoreError(f"{pointer} cannot be read ({error!r})", command="mimco index reindex DIR") from error
     if version != FORMAT_VERSION:
         raise IndexStoreError(
-            f"{pointer} has format version {version}", expected=str(FORMAT_VERSION), command="mimco index --rebuild DIR"
+            f"{pointer} has format version {version}", expected=str(FORMAT_VERSION), command="mimco index reindex DIR"
         )
     return _generation(index, number)
 
@@ -100,6 +103,43 @@ def begin_generation(index: Path, fingerprint: str, dim: int) -> Generation:
     return generation
 
 
+def stage_generation(index: Path) -> Generation:
+    """Make an empty folder to fill, which is no generation before `promote`. Call under `writer_lock`.
+
+    A crash leaves it to the next writer, who removes it.
+    """
+    staging = index / STAGING_FOLDER
+    with _explained(index):
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+    return Generation(staging)
+
+
+def promote(index: Path, staged: Generation) -> Generation:
+    """Give a filled folder the next free number. `switch_to` then makes it the current one."""
+    numbers = [int(folder.name) for folder in index.iterdir() if folder.name.isdecimal()]
+    generation = _generation(index, max(numbers, default=0) + 1)
+    with _explained(index):
+        sync_dir(staged.path)
+        staged.path.replace(generation.path)
+        sync_dir(index)
+    return generation
+
+
+def newest_generation(index: Path) -> Generation | None:
+    """The current generation or, where the pointer is lost, the one that holds most; None where none can be read."""
+    with contextlib.suppress(IndexStoreError):
+        current = current_generation(index)
+        if current.path.is_dir():
+            return current
+    held: list[tuple[int, int, Generation]] = []
+    for folder in index.iterdir():
+        if folder.name.isdecimal():
+            with contextlib.suppress(IndexStoreError), Salvage(folder / CATALOG_FILE) as salvage:
+                held.append((sum(1 for _ in salvage.crc32s()), int(folder.name), Generation(folder)))
+    return max(held)[2] if held else None
+
+
 def switch_to(index: Path, generation: Generation) -> None:
     """Make a generation the current one and remove those before it. Call under `writer_lock`."""
     document = {"format_version": FORMAT_VERSION, "generation": generation.number}
@@ -109,25 +149,30 @@ def switch_to(index: Path, generation: Generation) -> None:
 
 
 def sweep(index: Path, current: Generation) -> None:
-    """Remove what a crash may have left: older generations and half a pointer. Call under `writer_lock`."""
+    """Remove what a crash may have left: older generations, half a pointer or rewrite. Call under `writer_lock`."""
     for file in index.glob(f".{POINTER_FILE}.*.tmp"):
         file.unlink(missing_ok=True)
-    for folder in index.iterdir():
-        if folder.is_dir() and folder.name.isdecimal() and int(folder.name) < current.number:
+    for folder in [index / STAGING_FOLDER, *index.iterdir()]:
+        if folder.name == STAGING_FOLDER or (folder.name.isdecimal() and int(folder.name) < current.number):
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def check_encoder(index: Path, catalog: Catalog, fingerprint: str) -> None:
+def check_encoder(index: Path, recorded: str, fingerprint: str) -> None:
     """Refuse an index made by another encoder: its embeddings mean something else.
 
+    Args:
+        index: the index folder.
+        recorded: fingerprint that its catalogue holds.
+        fingerprint: of the encoder at hand.
+
     Raises:
-        EncoderMismatchError: the fingerprints differ.
+        EncoderMismatchError: they differ.
     """
-    if catalog.fingerprint != fingerprint:
+    if recorded != fingerprint:
         raise EncoderMismatchError(
-            f"the index in {index} was made by encoder {catalog.fingerprint[:12]}",
+            f"the index in {index} was made by encoder {recorded[:12]}",
             expected=f"{fingerprint[:12]}, the encoder at hand",
-            command="mimco index --rebuild",
+            command="mimco index reindex",
         )
 
 

@@ -1,27 +1,32 @@
 """An index to search: which pictures look most like this one.
 
 Any number of readers, beside at most one writer (`update.py`). A reader holds no lock between two calls; each search
-sees one state of the catalogue and follows the index as it grows or is rebuilt.
+sees one state of the catalogue and follows the index as it grows or is rebuilt. Nothing is written: an index on a
+read-only disk can be searched.
 """
 
 from __future__ import annotations
 
 import contextlib
+import threading
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
 
 from mimco_deploy.errors import IndexStoreError
-from mimco_deploy.images import read_image
-from mimco_deploy.preprocess import preprocess
-from mimco_deploy.serving.ann import search_exact
+from mimco_deploy.preprocess import read_pixels
+from mimco_deploy.serving.ann import Searcher
 from mimco_deploy.serving.catalog import Catalog, Counts, Problem
 from mimco_deploy.serving.encoders import Encoder
-from mimco_deploy.serving.generations import Generation, check_encoder, current_generation
+from mimco_deploy.serving.generations import POINTER_FILE, Generation, check_encoder, current_generation
+from mimco_deploy.serving.tuning import Tuning, open_searcher, tuning_of
 from mimco_deploy.serving.vectors import read_vectors
+from mimco_deploy.stopwatch import Stopwatch
 
 
 @dataclass(frozen=True)
@@ -42,14 +47,22 @@ class _State:
 
     generation: Generation
     revision: int
-    vectors: npt.NDArray[np.float32]
-    """[N, D], mapped"""
-    live: npt.NDArray[np.bool_]
-    """[N]"""
+    searcher: Searcher
+
+
+@dataclass(frozen=True)
+class _Connection:
+    """An open catalogue, and the pointer that led to it."""
+
+    pointer: tuple[int, int]
+    generation: Generation
+    catalog: Catalog
 
 
 class ImageIndex:
     """An index, open for searching. Make one with `ImageIndex.open`. Safe to use from several threads.
+
+    Use as a context manager or `close` it; it may be used again afterwards.
 
     Args:
         path: the index folder.
@@ -62,6 +75,11 @@ class ImageIndex:
         self.fingerprint = fingerprint
         self.embedding_dim = embedding_dim
         self._state: _State | None = None
+        # Opening a catalogue takes longer than many a search, so connections wait here between two calls. Taken and put
+        # back as one step of the interpreter, they need no lock; `_opening` keeps two threads from opening one index.
+        self._idle: list[_Connection] = []
+        self._opening = threading.Lock()
+        weakref.finalize(self, _close_all, self._idle)
 
     @classmethod
     def open(cls, path: Path, fingerprint: str | None = None) -> ImageIndex:
@@ -75,13 +93,28 @@ class ImageIndex:
             IndexStoreError: there is no index, or it is broken.
             EncoderMismatchError: another encoder made it.
         """
-        with _open_catalog(path) as (_, catalog):
-            if fingerprint is not None:
-                check_encoder(path, catalog, fingerprint)
-            index = cls(path, catalog.fingerprint, catalog.embedding_dim)
+        connection = _connect(path)
+        catalog = connection.catalog
+        index = cls(path, catalog.fingerprint, catalog.embedding_dim)
+        index._idle.append(connection)
+        if fingerprint is not None:
+            check_encoder(path, index.fingerprint, fingerprint)
         with index._reading() as (generation, catalog):
             index._refreshed(generation, catalog)
         return index
+
+    def close(self) -> None:
+        """Close the files that are open between two searches."""
+        _close_all(self._idle)
+        self._state = None
+
+    def __enter__(self) -> ImageIndex:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def counts(self) -> Counts:
         """How much the index holds."""
@@ -102,6 +135,11 @@ class ImageIndex:
         """Every file that could not be indexed, sorted by path."""
         with self._reading() as (_, catalog):
             return catalog.problems()
+
+    def tuning(self) -> Tuning:
+        """How the index is searched, exactly or not, and how good that is."""
+        with self._reading() as (_, catalog):
+            return tuning_of(catalog)
 
     def search(self, embedding: npt.NDArray[np.float32], k: int) -> list[Hit]:
         """Find the files that look most like one picture.
@@ -137,26 +175,45 @@ class ImageIndex:
             raise ValueError(f"k = {k}, expected at least 1")
         with self._reading() as (generation, catalog):
             state = self._refreshed(generation, catalog)
-            if not state.live.any():
+            if not state.searcher.count:
                 raise IndexStoreError(f"the index in {self.path} holds no picture", command="mimco index DIR")
-            scores, rows = search_exact(state.vectors, state.live, embeddings, k)
+            scores, rows = state.searcher.search(embeddings, k)
             return [_hits(catalog, *found, k) for found in zip(scores, rows, strict=True)]
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[tuple[Generation, Catalog]]:
-        with _open_catalog(self.path) as (generation, catalog):
-            check_encoder(self.path, catalog, self.fingerprint)
-            yield generation, catalog
+        connection = self._connection()
+        try:
+            with connection.catalog.snapshot():
+                check_encoder(self.path, connection.catalog.fingerprint, self.fingerprint)
+                yield connection.generation, connection.catalog
+        except BaseException:
+            connection.catalog.close()
+            raise
+        self._idle.append(connection)
+
+    def _connection(self) -> _Connection:
+        pointer = _pointer(self.path)
+        while True:
+            try:
+                connection = self._idle.pop()
+            except IndexError:
+                return _connect(self.path)
+            if connection.pointer == pointer:
+                return connection
+            connection.catalog.close()
 
     def _refreshed(self, generation: Generation, catalog: Catalog) -> _State:
-        revision, state = catalog.revision(), self._state
-        if state is None or (state.generation, state.revision) != (generation, revision):
-            vectors = read_vectors(generation.vectors, catalog.embedding_dim, catalog.row_count())
-            state = self._state = _State(generation, revision, vectors, catalog.live_rows())
+        revision = catalog.revision()
+        with self._opening:
+            state = self._state
+            if state is None or (state.generation, state.revision) != (generation, revision):
+                vectors = read_vectors(generation.vectors, catalog.embedding_dim, catalog.row_count())
+                state = self._state = _State(generation, revision, open_searcher(generation, catalog, vectors))
         return state
 
 
-def search_image(index: ImageIndex, encoder: Encoder, path: Path, k: int) -> list[Hit]:
+def search_image(index: ImageIndex, encoder: Encoder, path: Path, k: int, watch: Stopwatch | None = None) -> list[Hit]:
     """Find the files that look most like a picture on disk, which need not be indexed.
 
     Args:
@@ -164,6 +221,7 @@ def search_image(index: ImageIndex, encoder: Encoder, path: Path, k: int) -> lis
         encoder: the one that made the index.
         path: the query image.
         k: at least 1.
+        watch: told when the picture is decoded, embedded and searched for.
 
     Returns:
         Up to k hits, best first. An indexed query image finds itself, with a score of 1 but for rounding.
@@ -173,33 +231,51 @@ def search_image(index: ImageIndex, encoder: Encoder, path: Path, k: int) -> lis
         EncoderMismatchError: another encoder made the index.
         IndexStoreError: the index is empty or broken.
     """
-    with _open_catalog(index.path) as (_, catalog):
-        check_encoder(index.path, catalog, encoder.spec.fingerprint)
+    check_encoder(index.path, index.fingerprint, encoder.spec.fingerprint)
     spec = encoder.spec
-    pixels = preprocess(read_image(path), spec.image_size_px, spec.crop_share, spec.interpolation)
-    return index.search(encoder.embed(pixels[np.newaxis])[0], k)
+    pixels = read_pixels(path, spec.image_size_px, spec.crop_share, spec.interpolation)
+    watch = watch or Stopwatch()
+    watch.lap("decode")
+    embedding = encoder.embed(pixels[np.newaxis])[0]
+    watch.lap("embed")
+    hits = index.search(embedding, k)
+    watch.lap("search")
+    return hits
 
 
-@contextlib.contextmanager
-def _open_catalog(path: Path) -> Iterator[tuple[Generation, Catalog]]:
-    generation = current_generation(path)
+def _connect(path: Path) -> _Connection:
+    pointer, generation = _pointer(path), current_generation(path)
     try:
-        catalog = Catalog(generation.catalog)
+        return _Connection(pointer, generation, Catalog(generation.catalog))
     except IndexStoreError:
         newer = current_generation(path)
         if newer == generation:
             raise
-        generation, catalog = newer, Catalog(newer.catalog)  # a rebuild finished while we opened the old one
-    with catalog, catalog.snapshot():
-        yield generation, catalog
+        return _connect(path)  # a rebuild finished while we opened the old one
+
+
+def _pointer(path: Path) -> tuple[int, int]:
+    """What changes when another generation takes over: its file is replaced."""
+    try:
+        status = (path / POINTER_FILE).stat()
+    except OSError:
+        return (0, 0)  # opening says it better
+    return (status.st_ino, status.st_mtime_ns)
+
+
+def _close_all(connections: list[_Connection]) -> None:
+    while connections:
+        connections.pop().catalog.close()
 
 
 def _hits(catalog: Catalog, scores: npt.NDArray[np.float32], rows: npt.NDArray[np.int64], k: int) -> list[Hit]:
     hits: list[Hit] = []
-    for score, row in zip(scores, rows, strict=True):
-        content, paths = catalog.files_of(int(row))
-        cosine = float(min(max(score, -1.0), 1.0))  # rounding may step over the ends
-        hits += [Hit(path, cosine, content) for path in paths]
+    found = catalog.files_of(rows.tolist())
+    for score, row in zip(
+        scores.clip(-1.0, 1.0).tolist(), rows.tolist(), strict=True
+    ):  # rounding may step over the ends
+        content, paths = found[row]
+        hits += [Hit(path, score, content) for path in paths]
         if len(hits) >= k:
             break
     return hits[:k]

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from mimco_deploy.errors import IndexStoreError
 from mimco_deploy.serving.catalog import Catalog, Counts
-from mimco_deploy.serving.generations import current_generation
+from mimco_deploy.serving.generations import current_generation, has_index
+from mimco_deploy.serving.tuning import Budget, Tuning, budget_of, damage, tuning_of
+from mimco_deploy.serving.vectors import crc32s as crc32s_of
 from mimco_deploy.serving.vectors import read_vectors
 
-_ROWS = 65_536
+ROWS_AT_ONCE = 65_536
 """Embeddings looked at together: 100 MB at 384 numbers."""
 _NORM = 1e-3
 """How far the length of a sound embedding may be from 1; int8 and half types included."""
@@ -42,8 +46,12 @@ class IndexStatus:
     """Grows with each rebuild."""
     counts: Counts
     bytes: int
-    """On disk, catalogue and embeddings."""
+    """On disk: catalogue, embeddings and what was made to search them fast."""
     roots: tuple[RootStatus, ...]
+    search: Tuning
+    budget: Budget
+    made_by: dict[str, str]
+    """What embedded last: `provider`, `precision`, `encoder` (path of the bundle); empty where nothing was yet."""
 
 
 def status_of(index: Path) -> IndexStatus:
@@ -60,15 +68,33 @@ def status_of(index: Path) -> IndexStatus:
         )
         size = sum(path.stat().st_size for path in generation.path.iterdir() if path.is_file())
         return IndexStatus(
-            index, catalog.fingerprint, catalog.embedding_dim, generation.number, catalog.counts(), size, roots
+            index,
+            catalog.fingerprint,
+            catalog.embedding_dim,
+            generation.number,
+            catalog.counts(),
+            size,
+            roots,
+            tuning_of(catalog),
+            budget_of(catalog),
+            catalog.made_by(),
         )
+
+
+def recorded_encoder(index: Path) -> Path | None:
+    """The bundle that an index was made with, where that is not the workspace's own and still there."""
+    if not has_index(index):
+        return None
+    with Catalog(current_generation(index).catalog) as catalog, catalog.snapshot():
+        recorded = catalog.made_by().get("encoder")
+    return Path(recorded) if recorded is not None and Path(recorded).exists() else None
 
 
 def verify(index: Path) -> list[str]:
     """Read all of an index and say what is wrong with it; an empty list where nothing is.
 
     The catalogue is checked by SQLite itself, with what one table says of another; every embedding that counts must
-    be there, of finite numbers and of length 1. An embedding that was changed into another of length 1 is not found.
+    be there, have the checksum it was stored with, and be of length 1; the approximation must be as it was written.
 
     Raises:
         IndexStoreError: there is none, or too little of it to look at.
@@ -76,19 +102,34 @@ def verify(index: Path) -> list[str]:
     generation = current_generation(index)
     with Catalog(generation.catalog) as catalog, catalog.snapshot():
         wrong = [f"catalogue: {finding}" for finding in catalog.check()]
-        count, dim, live = catalog.row_count(), catalog.embedding_dim, catalog.live_rows()
-    try:
-        vectors = read_vectors(generation.vectors, dim, count)
-    except IndexStoreError as error:
-        return [*wrong, error.found]
-    bad = [row for start in range(0, count, _ROWS) for row in _unsound(vectors[start : start + _ROWS], start)]
-    if bad:
-        listed = ", ".join(map(str, bad[:_LISTED])) + (", …" if len(bad) > _LISTED else "")
-        files = int(live[bad].sum())
-        wrong.append(f"{len(bad)} embeddings are damaged (rows {listed}), {files} of them of files")
+        if wrong:
+            return wrong
+        try:
+            vectors = read_vectors(generation.vectors, catalog.embedding_dim, catalog.row_count())
+        except IndexStoreError as error:
+            return [error.found]
+        bad = list(damaged_rows(vectors, catalog.crc32s()))
+        if bad:
+            listed = ", ".join(map(str, bad[:_LISTED])) + (", …" if len(bad) > _LISTED else "")
+            files = sum(len(paths) for _, paths in catalog.files_of(bad).values())
+            wrong.append(f"{len(bad)} embeddings are damaged (rows {listed}), {files} of them of files")
+        if damaged := damage(generation, tuning_of(catalog)):
+            wrong.append(damaged)
     return wrong
 
 
-def _unsound(vectors: np.ndarray[tuple[int, ...], np.dtype[np.float32]], first: int) -> Iterator[int]:
-    lengths = np.linalg.norm(vectors.astype(np.float64), axis=1)  # NaN and infinite numbers make it so too
-    yield from (first + int(row) for row in np.flatnonzero(~(np.abs(lengths - 1) < _NORM)))
+def damaged_rows(vectors: npt.NDArray[np.float32], crc32s: Iterable[tuple[int, int]]) -> Iterator[int]:
+    """Rows that are not what was stored, or no embeddings.
+
+    Args:
+        vectors: [N, D].
+        crc32s: row, below N, and the checksum of its bytes.
+    """
+    rest = iter(crc32s)
+    while portion := list(islice(rest, ROWS_AT_ONCE)):
+        rows = np.array([row for row, _ in portion])
+        embeddings = vectors[rows]
+        lengths = np.linalg.norm(embeddings.astype(np.float64), axis=1)  # NaN and infinite numbers make it so too
+        sound = np.abs(lengths - 1) < _NORM
+        sound &= np.array(crc32s_of(embeddings)) == np.array([crc for _, crc in portion])
+        yield from rows[~sound].tolist()

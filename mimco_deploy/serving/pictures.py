@@ -1,15 +1,13 @@
-"""Read pictures ahead of the encoder: file → SHA-256 → pixels, in several threads, results in order.
+"""Read pictures ahead of the encoder: file → SHA-256 → pixels, by several processes, results in order.
 
-Each file is read once; the hash and the pixels come from the same bytes. The stamp is taken from the open file before
-its bytes are read, so a file that is written to meanwhile has another stamp at the next walk and is read again.
+Each file is read once; the hash and the pixels come from the same bytes. A thread for each process waits for it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -17,15 +15,14 @@ from itertools import islice
 import numpy as np
 import numpy.typing as npt
 
-from mimco_deploy.bundle import EncoderSpec
-from mimco_deploy.errors import ImageError, ImageProblem
-from mimco_deploy.images import MAX_BYTES, decode_image
-from mimco_deploy.preprocess import preprocess
+from mimco_deploy.errors import ImageProblem
+from mimco_deploy.images import Facts
 from mimco_deploy.serving.catalog import Root
+from mimco_deploy.serving.guarded import NEVER_OPENED, DecodePool, RefusedError
 from mimco_deploy.serving.scan import FileStat, Stamp
 
-# Decoding lets go of the interpreter lock, so threads help; past this number the disk or the encoder is what waits.
-MAX_THREADS = 8
+MAX_PROCESSES = 16
+"""Past this number the disk or the encoder is what waits. Each takes about 60 MB."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +46,7 @@ class Picture:
     sha256: bytes
     pixels: npt.NDArray[np.uint8] | None
     """[H, W, 3], or None where the content is known and need not be embedded."""
+    facts: Facts
 
 
 @dataclass(frozen=True)
@@ -72,26 +70,33 @@ Outcome = Picture | Refused | Vanished
 
 
 def read_pictures(
-    jobs: Iterable[Job], spec: EncoderSpec, known: frozenset[bytes], ahead: int
+    jobs: Iterable[Job], decoders: DecodePool, known: Set[bytes], ahead: int
 ) -> Generator[Outcome, None, None]:
-    """Read files in several threads.
+    """Read files by several processes.
 
     Args:
         jobs: what to read.
-        spec: geometry of the encoder.
-        known: contents that need no pixels.
-        ahead: how many outcomes may wait to be taken, at least 1. Only as many encoded files as there are threads are
-            in memory at once.
+        decoders: which read it; closed in the end.
+        known: contents that need no pixels; it may grow meanwhile.
+        ahead: how many outcomes may wait to be taken, at least 1. Only as many encoded files as there are processes
+            are in memory at once.
 
     Yields:
-        One outcome for each job, in the order of the jobs. Close the generator to stop the threads.
+        One outcome for each job, in the order of the jobs. Close the generator to stop the processes.
     """
-    threads = min(MAX_THREADS, os.cpu_count() or 1)
+    threads = min(MAX_PROCESSES, available_cpus())
     pool = ThreadPoolExecutor(threads, thread_name_prefix="mimco-read")
     try:
-        yield from _in_order(pool, lambda job: _read(job, spec, known), jobs, max(ahead, threads))
+        yield from _in_order(pool, lambda job: _read(job, decoders, known), jobs, max(ahead, threads))
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        pool.shutdown(wait=False, cancel_futures=True)
+        decoders.close()  # the threads that still wait for an answer get none
+        pool.shutdown(wait=True)
+
+
+def available_cpus() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _in_order(
@@ -106,25 +111,12 @@ def _in_order(
         yield outcome
 
 
-def _read(job: Job, spec: EncoderSpec, known: frozenset[bytes]) -> Outcome:
-    path = job.root.path / job.file.path
-    stamp = job.file.stamp
+def _read(job: Job, decoders: DecodePool, known: Set[bytes]) -> Outcome:
     try:
-        with path.open("rb") as file:
-            status = os.fstat(file.fileno())
-            stamp = Stamp(status.st_size, status.st_mtime_ns)
-            if stamp.size > MAX_BYTES:
-                return Refused(job, stamp, "too_large", f"{path} has {stamp.size:,} bytes, more than {MAX_BYTES:,}")
-            content = file.read(MAX_BYTES + 1)
-        sha256 = hashlib.sha256(content).digest()
-        if sha256 in known:
-            return Picture(job, stamp, sha256, None)
-        picture = decode_image(content, str(path))
-        pixels = preprocess(picture, spec.image_size_px, spec.crop_share, spec.interpolation)
-        return Picture(job, stamp, sha256, pixels)
-    except ImageError as error:
+        content = decoders.read(job.root.path / job.file.path, known.__contains__)
+    except RefusedError as error:
+        stamp = job.file.stamp if error.stamp == NEVER_OPENED else error.stamp
         return Refused(job, stamp, error.problem, error.found)
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         return Vanished(job)
-    except OSError as error:
-        return Refused(job, stamp, "unreadable", f"{path} cannot be read ({error.strerror})")
+    return Picture(job, content.stamp, content.sha256, content.pixels, content.facts)

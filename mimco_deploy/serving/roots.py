@@ -78,6 +78,41 @@ def _reaches(outer: Path, inner: Path) -> bool:
     return not any(part.startswith(".") for part in inner.relative_to(outer).parts)
 
 
+def move_roots(index: Path, old: Path, new: Path) -> int:
+    """Record that indexed folders lie elsewhere now: `old` itself, or all below it. Nothing is read or embedded again.
+
+    Args:
+        index: the index folder.
+        old: an indexed folder, or one that holds some; need not exist.
+        new: where it lies now.
+
+    Returns:
+        How many indexed folders moved.
+
+    Raises:
+        IndexStoreError: no index, no such indexed folder, `new` is no folder or overlaps another indexed one, or
+            another process is writing.
+    """
+    current_generation(index)  # before the lock makes a folder where there is no index
+    target = existing_folder(new)
+    with writer_lock(index), Catalog(current_generation(index).catalog) as catalog, catalog.transaction():
+        recorded = catalog.roots()
+        starts = (old.absolute(), old.resolve())  # what lies there now may be a link to `new`
+        start = next((one for one in starts if any(root.path.is_relative_to(one) for root in recorded)), starts[0])
+        moving = [root for root in recorded if root.path.is_relative_to(start)]
+        if not moving:
+            listed = ", ".join(readable(root.path) for root in recorded) or "none"
+            raise IndexStoreError(f"no indexed folder lies in {readable(old)}", expected=f"one of: {listed}")
+        staying = [root.path for root in recorded if root not in moving]
+        for root in moving:
+            path = target / root.path.relative_to(start)
+            for other in staying:
+                if _reaches(path, other) or _reaches(other, path):
+                    raise IndexStoreError(f"{readable(path)} overlaps the indexed folder {readable(other)}")
+            catalog.move_root(root, path)
+    return len(moving)
+
+
 def forget_root(index: Path, root: Path) -> int:
     """Take an indexed folder out of the index, whether or not it still exists.
 

@@ -11,8 +11,7 @@ import numpy.typing as npt
 
 from mimco_deploy.drawings import KINDS, draw
 from mimco_deploy.errors import ConfigError, ImageError
-from mimco_deploy.images import read_image
-from mimco_deploy.preprocess import Interpolation, preprocess
+from mimco_deploy.preprocess import Interpolation, preprocess, read_pixels
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +55,7 @@ def sample_folder(
         if len(pixels) == count:
             break
         try:
-            pixels.append(preprocess(read_image(path), image_size_px, crop_share, interpolation))
+            pixels.append(read_pixels(path, image_size_px, crop_share, interpolation))
         except ImageError:
             refused += 1
     if not pixels:

@@ -1,5 +1,8 @@
 """Walk a folder and notice what changed since the last walk.
 
+A walk over an unchanged folder should cost little more than the system calls it cannot do without: one listing a
+folder, one look at each file, relative to its open folder, so that no path is resolved again for each.
+
 Paths are relative to the root, with `/`. A name that is not valid UTF-8 keeps its bytes as surrogate escapes, as
 `os.fsdecode` gives them; the catalogue stores `os.fsencode` of it, so every name comes back as it was.
 """
@@ -7,9 +10,10 @@ Paths are relative to the root, with `/`. A name that is not valid UTF-8 keeps i
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import stat
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 from mimco_deploy.images import IMAGE_SUFFIXES
@@ -42,11 +46,12 @@ class Unlisted(NamedTuple):
 
 @dataclass(frozen=True)
 class Scan:
-    """What one walk found."""
+    """A walk: it takes place while its files are taken."""
 
-    files: list[FileStat]
-    """Sorted by path."""
+    files: Iterable[tuple[str, int, int]]
+    """Path relative to the root, size and mtime_ns, in the order of the file system. Bare tuples: there are many."""
     unlisted: list[Unlisted]
+    """Complete once `files` has come to its end."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ class Changes:
     new: list[FileStat] = field(default_factory=list)
     changed: list[FileStat] = field(default_factory=list)
     gone: list[str] = field(default_factory=list)
-    same: list[FileStat] = field(default_factory=list)
+    same: list[str] = field(default_factory=list)
     kept: dict[Unlisted, int] = field(default_factory=dict)
     """Known files below each folder that could not be listed: neither gone nor confirmed."""
 
@@ -71,53 +76,62 @@ def scan_root(root: Path) -> Scan:
         root: folder to walk.
 
     Returns:
-        Files whose suffix names a picture format, in an order that depends on their names only.
+        Files whose suffix names a picture format.
     """
-    files: list[FileStat] = []
     unlisted: list[Unlisted] = []
+    return Scan(_walk(root, unlisted), unlisted)
+
+
+def _walk(root: Path, unlisted: list[Unlisted]) -> Iterator[tuple[str, int, int]]:
     waiting = [""]
     while waiting:
         folder = waiting.pop()
+        prefix = f"{folder}/" if folder else ""
         try:
-            with os.scandir(root / folder) as entries:
-                for entry in entries:
-                    _sort_in(entry, f"{folder}/{entry.name}" if folder else entry.name, files, waiting)
+            opened = os.open(root / folder, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:
             unlisted.append(Unlisted(folder, error.strerror or type(error).__name__))
-    return Scan(sorted(files), sorted(unlisted))
-
-
-def _sort_in(entry: os.DirEntry[str], path: str, files: list[FileStat], waiting: list[str]) -> None:
-    if entry.name.startswith("."):
-        return
-    if entry.is_dir(follow_symlinks=False):
-        waiting.append(path)
-    elif PurePosixPath(entry.name).suffix.lower() in IMAGE_SUFFIXES:
+            continue
         try:
-            if entry.is_file():
-                status = entry.stat()
-                files.append(FileStat(path, Stamp(status.st_size, status.st_mtime_ns)))
-        except OSError:
-            return  # it went away during the walk, or is a link in a circle: no file to index
+            with os.scandir(opened) as entries:
+                for entry in entries:
+                    name = entry.name
+                    if name[0] == ".":
+                        continue
+                    if entry.is_dir(follow_symlinks=False):
+                        waiting.append(prefix + name)
+                    elif name[name.rfind(".") :].lower() in IMAGE_SUFFIXES:
+                        try:
+                            status = entry.stat()
+                        except OSError:
+                            continue  # it went away during the walk, or is a link in a circle
+                        if stat.S_ISREG(status.st_mode):
+                            yield prefix + name, status.st_size, status.st_mtime_ns
+        except OSError as error:
+            unlisted.append(Unlisted(folder, error.strerror or type(error).__name__))
+        finally:
+            os.close(opened)
 
 
-def compare(known: Mapping[str, Stamp], found: Scan) -> Changes:
+def compare(known: Mapping[str, tuple[int, int]], found: Scan) -> Changes:
     """Tell apart what is new, changed, gone and the same.
 
     Args:
-        known: stamp by path, as recorded.
-        found: the walk.
+        known: size and mtime_ns by path, as recorded.
+        found: the walk, which takes place here.
 
     Returns:
         Each path of both in exactly one of the lists, or counted in `kept`.
     """
     changes = Changes()
-    for file in found.files:
-        stamp = known.get(file.path)
-        target = changes.new if stamp is None else changes.same if stamp == file.stamp else changes.changed
-        target.append(file)
-    present = {file.path for file in found.files}
-    for path in sorted(known.keys() - present):
+    missing = dict(known)
+    for path, size, mtime_ns in found.files:
+        stamp = missing.pop(path, None)
+        if stamp == (size, mtime_ns):
+            changes.same.append(path)
+        else:
+            (changes.new if stamp is None else changes.changed).append(FileStat(path, Stamp(size, mtime_ns)))
+    for path in sorted(missing):
         hidden_by = next((folder for folder in found.unlisted if _is_below(path, folder.path)), None)
         if hidden_by is None:
             changes.gone.append(path)

@@ -3,20 +3,26 @@
 A batch is durable in two steps: its embeddings are appended and synced, then one catalogue transaction counts them.
 A crash between the two leaves embeddings that nothing counts; the next writer cuts them off. So whatever kills a run,
 what was committed stays, row and file belong together, and the next run goes on with what is missing.
+
+Files are read and decoded by other processes while this one embeds (`pictures.py`, `guarded.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from mimco_deploy.errors import BundleError, IndexStoreError
-from mimco_deploy.serving.catalog import Catalog, Counts, Problem, Root
+from mimco_deploy.images import Facts
+from mimco_deploy.serving.catalog import MADE_BY, Catalog, Counts, NewContent, Problem, Root
 from mimco_deploy.serving.encoders import Encoder
 from mimco_deploy.serving.generations import (
     Generation,
@@ -28,19 +34,43 @@ from mimco_deploy.serving.generations import (
     switch_to,
     writer_lock,
 )
+from mimco_deploy.serving.guarded import DecodePool, Limits
 from mimco_deploy.serving.pictures import Job, Outcome, Picture, Refused, Vanished, read_pictures
 from mimco_deploy.serving.roots import existing_folder, record_roots, roots_to_keep
 from mimco_deploy.serving.scan import Stamp, compare, scan_root
-from mimco_deploy.serving.vectors import VectorWriter
+from mimco_deploy.serving.tuning import keep_tuned_or_warn
+from mimco_deploy.serving.vectors import VectorWriter, crc32s
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[int, int], None]
-"""Called after each commit with how many files are done, and of how many."""
-
+COMMIT_EVERY_S = 1.0
+"""A full batch is committed at once, unless the last commit was less than this ago."""
+_LONGEST_BATCH_S = 4.0
+"""Slow encoders get smaller batches, so that a crash never costs more than about this."""
 # Files that need no embedding are committed with the batch, or after this many times its size.
 _OUTCOMES_PER_BATCH = 16
 _RETRY = Stamp(-1, -1)  # no file has it
+_SMOOTHING = 0.3
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far an update is."""
+
+    done: int
+    """Files, new or changed, that were dealt with."""
+    total: int
+    """Such files; 0 before the folders were walked."""
+    images_per_s: float
+    """Files a second of late."""
+    waiting: float
+    """Share of the time, of late, that the encoder waited for pictures, in [0, 1]."""
+    doing: str = "index"
+    """In a word or two."""
+
+
+OnProgress = Callable[[Progress], None]
+"""Called after each batch and commit."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +114,10 @@ def update_index(
     *,
     batch_size: int = 64,
     rebuild: bool = False,
-    on_progress: Progress | None = None,
+    retry_problems: bool = False,
+    limits: Limits | None = None,
+    encoder_path: Path | None = None,
+    on_progress: OnProgress | None = None,
 ) -> UpdateReport:
     """Index folders, or bring an index up to date.
 
@@ -95,10 +128,13 @@ def update_index(
         index: the index folder, made if missing.
         roots: folders to index; none means all that are recorded.
         encoder: must be the one that made the index, or `rebuild` be set.
-        batch_size: pictures in one step of the encoder and one commit, at least 1.
+        batch_size: most pictures in one step of the encoder, at least 1.
         rebuild: embed everything again, all recorded folders and `roots`. Searches see the old index until the new one
             is whole; a rebuild that was cut short goes on where it stopped.
-        on_progress: see `Progress`.
+        retry_problems: read files again that were no pictures, although they did not change.
+        limits: what one file may take to decode.
+        encoder_path: bundle of the encoder, to be found again by searches; None for the workspace's own.
+        on_progress: see `OnProgress`.
 
     Returns:
         What was done.
@@ -115,15 +151,28 @@ def update_index(
             folders += roots_to_keep(index, may_be_broken=bool(folders))
         generation = _generation_to_fill(index, encoder, rebuild)
         with Catalog(generation.catalog) as catalog:
-            check_encoder(index, catalog, encoder.spec.fingerprint)
+            check_encoder(index, catalog.fingerprint, encoder.spec.fingerprint)
             with catalog.snapshot():
                 count = catalog.row_count()
             with VectorWriter(generation.vectors, catalog.embedding_dim, count) as vectors:
-                update = _Update(catalog, vectors, encoder, batch_size, on_progress)
+                update = _Update(catalog, vectors, encoder, batch_size, on_progress or (lambda _: None))
+                update.retry_problems, update.limits = retry_problems, limits
                 report = update.run(folders, everything=rebuild or not folders)
+            if report.embedded:
+                _sign(catalog, encoder, encoder_path)
+            keep_tuned_or_warn(generation, catalog, on_build=lambda: update.tell("tuning"))
         if rebuild:
             switch_to(index, generation)
     return report
+
+
+def _sign(catalog: Catalog, encoder: Encoder, path: Path | None) -> None:
+    made_by = {"provider": encoder.provider, "precision": encoder.precision}
+    if path is not None:
+        made_by["encoder"] = str(path.absolute())
+    if made_by != catalog.made_by():
+        with catalog.transaction():
+            catalog.set_setting(MADE_BY, json.dumps(made_by))
 
 
 def _generation_to_fill(index: Path, encoder: Encoder, rebuild: bool) -> Generation:
@@ -142,15 +191,19 @@ class _Update:
     """One run: the connections it works on and what it counted."""
 
     def __init__(
-        self, catalog: Catalog, vectors: VectorWriter, encoder: Encoder, batch_size: int, on_progress: Progress | None
+        self, catalog: Catalog, vectors: VectorWriter, encoder: Encoder, batch_size: int, on_progress: OnProgress
     ) -> None:
         self._catalog = catalog
         self._vectors = vectors
         self._encoder = encoder
         self._batch_size = batch_size
         self._on_progress = on_progress
+        self.retry_problems = False
+        self.limits: Limits | None = None
         self._added = self._changed = self._removed = self._unchanged = self._embedded = 0
         self._unreachable: list[Unreachable] = []
+        self._progress = Progress(0, 0, 0.0, 0.0)
+        self._told_at, self._waited_s = time.perf_counter(), 0.0
 
     def run(self, folders: Sequence[Path], *, everything: bool) -> UpdateReport:
         with self._catalog.transaction():
@@ -177,55 +230,61 @@ class _Update:
         with self._catalog.snapshot():
             listed, problems = self._catalog.file_stamps(root), self._catalog.problem_stamps(root)
         # Access rights change without a trace in size or date, so what could not be read is always tried again.
-        tried = {path: _RETRY if problem == "unreadable" else stamp for path, (stamp, problem) in problems.items()}
-        found = scan_root(root.path)
-        changes = compare(listed | tried, found)
+        again = {"unreadable", *(problem for _, problem in problems.values() if self.retry_problems)}
+        tried = {path: _RETRY if problem in again else stamp for path, (stamp, problem) in problems.items()}
+        changes = compare(listed | tried, scan_root(root.path))
         for folder, kept in changes.kept.items():
             self._unreachable.append(Unreachable(root.path / folder.path, folder.reason, kept))
         if changes.gone:
             with self._catalog.transaction():
                 self._removed += self._catalog.drop(root, changes.gone)
-        self._unchanged += sum(file.path in listed for file in changes.same)
+        self._unchanged += sum(map(listed.__contains__, changes.same))
         return [Job(root, file, file.path in listed) for file in sorted(changes.new + changes.changed)]
 
     def _read_and_commit(self, jobs: Sequence[Job]) -> None:
+        if not jobs:
+            return
         with self._catalog.snapshot():
-            known = self._catalog.sha256s() if jobs else frozenset()
-        outcomes = read_pictures(jobs, self._encoder.spec, known, 2 * self._batch_size)
-        batch: list[Outcome] = []
-        done = pixels = 0
+            known = self._catalog.sha256s()
+        batch = _Batch(self._encoder, known)
+        outcomes = read_pictures(jobs, DecodePool(self._encoder.spec, self.limits), known, 2 * self._batch_size)
+        full, committed_at = self._batch_size, time.perf_counter()
         with contextlib.closing(outcomes):
-            for outcome in outcomes:
-                batch.append(outcome)
-                pixels += isinstance(outcome, Picture) and outcome.pixels is not None
-                done += 1
-                full = pixels == self._batch_size or len(batch) == _OUTCOMES_PER_BATCH * self._batch_size
-                if full or done == len(jobs):
-                    self._commit(batch)
-                    batch, pixels = [], 0
-                    if self._on_progress is not None:
-                        self._on_progress(done, len(jobs))
+            for done in range(1, len(jobs) + 1):
+                asked_at = time.perf_counter()
+                batch.outcomes.append(outcome := next(outcomes))
+                self._waited_s += time.perf_counter() - asked_at
+                batch.take_pixels(outcome)
+                last = done == len(jobs) or time.perf_counter() - committed_at >= _LONGEST_BATCH_S
+                if last or batch.pixels == full or len(batch.outcomes) % (_OUTCOMES_PER_BATCH * full) == 0:
+                    full = max(1, min(self._batch_size, int(_LONGEST_BATCH_S / batch.embed())))
+                    if last or time.perf_counter() - committed_at >= COMMIT_EVERY_S:
+                        self._commit(batch)
+                        batch, committed_at = _Batch(self._encoder, known), time.perf_counter()
+                    self._tell_done(done, len(jobs))
 
-    def _commit(self, batch: Sequence[Outcome]) -> None:
-        with self._catalog.snapshot():  # contents of this run may have come twice
-            fresh = {
-                outcome.sha256: outcome
-                for outcome in batch
-                if isinstance(outcome, Picture) and self._catalog.row_of(outcome.sha256) is None
-            }
-        first_row = self._append(list(fresh.values())) if fresh else self._vectors.count
+    def tell(self, doing: str) -> None:
+        """Say what is done now."""
+        self._progress = replace(self._progress, doing=doing)
+        self._on_progress(self._progress)
+
+    def _tell_done(self, done: int, total: int) -> None:
+        now, last = time.perf_counter(), self._progress
+        passed = now - self._told_at
+        weight = 1.0 if last.done == 0 else _SMOOTHING
+        rate = last.images_per_s + weight * ((done - last.done) / passed - last.images_per_s)
+        waiting = last.waiting + weight * (self._waited_s / passed - last.waiting)
+        self._progress = Progress(done, total, rate, min(waiting, 1.0))
+        self._told_at, self._waited_s = now, 0.0
+        self._on_progress(self._progress)
+
+    def _commit(self, batch: _Batch) -> None:
+        first_row = self._vectors.append(np.concatenate(batch.embeddings)) if batch.embeddings else self._vectors.count
         with self._catalog.transaction():
-            self._catalog.add_contents(first_row, list(fresh))
-            for outcome in batch:
+            self._catalog.add_contents(first_row, batch.contents)
+            for outcome in batch.outcomes:
                 self._record(outcome)
-        self._embedded += len(fresh)
-
-    def _append(self, pictures: Sequence[Picture]) -> int:
-        images = np.stack([picture.pixels for picture in pictures if picture.pixels is not None])  # [B, H, W, 3]
-        embeddings = self._encoder.embed(images)  # [B, D]
-        if not np.isfinite(embeddings).all():
-            raise BundleError("the encoder gave an embedding that is not finite", command="mimco export --format onnx")
-        return self._vectors.append(embeddings)
+        self._embedded += len(batch.contents)
 
     def _record(self, outcome: Outcome) -> None:
         job = outcome.job
@@ -241,3 +300,52 @@ class _Update:
                 self._catalog.put_problem(job.root, job.file.path, outcome.stamp, outcome.problem, outcome.found)
             case Vanished():
                 self._removed += self._catalog.drop(job.root, [job.file.path])
+
+
+class _Batch:
+    """What was read and embedded since the last commit.
+
+    Args:
+        encoder: to embed with.
+        known: contents that have a row or will have; those embedded here are added.
+    """
+
+    def __init__(self, encoder: Encoder, known: set[bytes]) -> None:
+        self._encoder = encoder
+        self._known = known
+        self._waiting: dict[bytes, tuple[npt.NDArray[np.uint8], Facts]] = {}
+        self._picture_s = 0.0
+        self.outcomes: list[Outcome] = []
+        self.contents: list[NewContent] = []
+        self.embeddings: list[npt.NDArray[np.float32]] = []
+        """Of `contents`, in portions [B, D]."""
+
+    @property
+    def pixels(self) -> int:
+        """Pictures that wait to be embedded."""
+        return len(self._waiting)
+
+    def take_pixels(self, outcome: Outcome) -> None:
+        """Have a picture embedded with the others, unless its content came before."""
+        if isinstance(outcome, Picture) and outcome.pixels is not None and outcome.sha256 not in self._known:
+            self._waiting[outcome.sha256] = (outcome.pixels, outcome.facts)
+
+    def embed(self) -> float:
+        """Embed what waits.
+
+        Returns:
+            Seconds for each picture; those of the last time, where none waits.
+        """
+        if not self._waiting:
+            return self._picture_s or 1e-9
+        start = time.perf_counter()
+        embeddings = self._encoder.embed(np.stack([pixels for pixels, _ in self._waiting.values()]))  # [B, D]
+        if not np.isfinite(embeddings).all():
+            raise BundleError("the encoder gave an embedding that is not finite", command="mimco export --format onnx")
+        for (sha256, (_, facts)), crc32 in zip(self._waiting.items(), crc32s(embeddings), strict=True):
+            self.contents.append(NewContent(sha256, crc32, facts))
+        self.embeddings.append(embeddings)
+        self._known.update(self._waiting)
+        self._picture_s = (time.perf_counter() - start) / len(embeddings)
+        self._waiting = {}
+        return self._picture_s

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import struct
+import zlib
 from pathlib import Path
 from types import TracebackType
 
@@ -39,6 +40,15 @@ def create_vectors(path: Path, dim: int) -> None:
     write_bytes(path, _HEADER.pack(MAGIC, FORMAT_VERSION, dim))
 
 
+def crc32s(embeddings: npt.NDArray[np.float32]) -> list[int]:
+    """CRC-32 of the bytes of each row, as they lie in the store.
+
+    Args:
+        embeddings: [B, D].
+    """
+    return [zlib.crc32(row) for row in np.ascontiguousarray(embeddings, _ITEM)]
+
+
 def read_vectors(path: Path, dim: int, count: int) -> npt.NDArray[np.float32]:
     """Map the first `count` rows, read-only.
 
@@ -56,6 +66,23 @@ def read_vectors(path: Path, dim: int, count: int) -> npt.NDArray[np.float32]:
     _check(path, dim, count)
     if count == 0:
         return np.empty((0, dim), np.float32)  # a map of nothing is an error
+    return np.memmap(path, dtype=_ITEM, mode="r", offset=_HEADER.size, shape=(count, dim))
+
+
+def salvage_vectors(path: Path, dim: int) -> npt.NDArray[np.float32]:
+    """Map all whole rows of a store, whatever its header says; none where it is missing.
+
+    Args:
+        path: the store.
+        dim: D the catalogue states.
+
+    Returns:
+        [N, D]; which of the rows are sound, checksums tell.
+    """
+    size = path.stat().st_size if path.is_file() else 0
+    count = max(0, size - _HEADER.size) // (dim * _ITEM.itemsize)
+    if count == 0:
+        return np.empty((0, dim), np.float32)
     return np.memmap(path, dtype=_ITEM, mode="r", offset=_HEADER.size, shape=(count, dim))
 
 
@@ -126,7 +153,7 @@ class VectorWriter:
 
 
 def _check(path: Path, dim: int, count: int) -> None:
-    again = "mimco index --rebuild"
+    again = "mimco index reindex"
     try:
         with path.open("rb") as file:
             head = file.read(_HEADER.size)

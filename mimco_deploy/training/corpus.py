@@ -54,7 +54,7 @@ class Picture:
         Raises:
             ImageError: see `images.decode_image`.
         """
-        picture = decode_image(self.read(), self.name)
+        picture = decode_image(self.read(), self.name, short_side_px)
         scale = short_side_px / min(picture.size)
         if scale >= 1.0:
             return picture

@@ -105,9 +105,9 @@ def test_another_encoder_is_refused_until_the_index_is_rebuilt(chain: Chain, que
     for command in (("search", query), ("index", images)):
         refused = mimco(tmp_path, *use, *command, code=1)
         assert refused.err.startswith("Error: ")
-        assert "mimco index --rebuild" in refused.err
+        assert "mimco index reindex" in refused.err
         assert len(refused.err.splitlines()) == 1
-    mimco(tmp_path, *use, "index", "--rebuild")
+    mimco(tmp_path, *use, "index", "reindex")
     assert len(mimco(tmp_path, *use, "search", query, "--json").json()["hits"]) == 6
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mimco_deploy.errors import IndexStoreError
-from mimco_deploy.serving import generations
+from mimco_deploy.serving import generations, update
 from mimco_deploy.serving.index import ImageIndex, search_image
 from mimco_deploy.serving.update import update_index
 from tests.helpers import CountingEncoder, gallery
@@ -22,12 +22,13 @@ LIMITED = """
 import resource, sys
 from pathlib import Path
 from mimco_deploy.errors import IndexStoreError
-from mimco_deploy.serving.update import update_index
+from mimco_deploy.serving import update
 from tests.helpers import CountingEncoder
+update.COMMIT_EVERY_S = 0
 index, root, limit = sys.argv[1:]
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), resource.RLIM_INFINITY))
 try:
-    update_index(Path(index), [Path(root)], CountingEncoder(), batch_size=4)
+    update.update_index(Path(index), [Path(root)], CountingEncoder(), batch_size=4)
 except IndexStoreError as error:
     print(error)
     sys.exit(1)
@@ -41,6 +42,7 @@ def test_a_disk_that_fills_up_leaves_what_was_committed(
     paths = gallery(tmp_path / "photos", 20)
     encoder = CountingEncoder()
     real, left = os.write, [room_bytes]
+    monkeypatch.setattr(update, "COMMIT_EVERY_S", 0.0)
 
     def write(file: int, content: memoryview) -> int:
         if left[0] == 0:

@@ -14,6 +14,7 @@ from mimco_deploy.errors import IndexStoreError
 from mimco_deploy.serving.generations import has_index
 from mimco_deploy.serving.index import ImageIndex
 from mimco_deploy.serving.update import update_index
+from tests.faults.harness import harness
 from tests.helpers import CountingEncoder, Embeddings, gallery, noise
 
 REPOSITORY = Path(__file__).parent.parent.parent
@@ -22,8 +23,9 @@ SCRIPT = """
 import sys
 import time
 from pathlib import Path
-from mimco_deploy.serving.update import update_index
+from mimco_deploy.serving import update
 from tests.helpers import CountingEncoder
+update.COMMIT_EVERY_S = 0
 index, root, rebuild, seed, fingerprint = sys.argv[1:]
 print("ready", flush=True)
 class SlowEncoder(CountingEncoder):
@@ -31,9 +33,9 @@ class SlowEncoder(CountingEncoder):
         time.sleep(0.01)  # so that a kill comes before the end on any machine
         return super().embed(images)
 encoder = SlowEncoder(int(seed), fingerprint)
-def tell(done, total):
-    print(done, total, flush=True)
-update_index(Path(index), [Path(root)], encoder, batch_size=8, rebuild=rebuild == "True", on_progress=tell)
+def tell(progress):
+    print(progress.done, progress.total, flush=True)
+update.update_index(Path(index), [Path(root)], encoder, batch_size=8, rebuild=rebuild == "True", on_progress=tell)
 """
 
 
@@ -112,3 +114,11 @@ def test_the_old_index_answers_while_its_rebuild_is_killed(tmp_path: Path) -> No
     report = update_index(tmp_path / "index", [], new, batch_size=8, rebuild=True)
     assert report.embedded < PICTURES, "the rebuild went on where it had been killed"
     assert check_what_is_there(tmp_path / "index", new) == PICTURES
+
+
+@pytest.mark.timeout(300)
+def test_the_command_that_is_killed_while_files_come_and_go_loses_nothing(tmp_path: Path) -> None:
+    gallery(tmp_path / "source", 60)
+    count = harness([tmp_path / "source"], kills=8, seed=3, folder=tmp_path.resolve() / "work")
+    assert count.kills == 8
+    assert count.files > 60

@@ -18,6 +18,7 @@ from PIL import Image, ImageCms
 from mimco_deploy import images
 from mimco_deploy.drawings import draw
 from mimco_deploy.images import IMAGE_SUFFIXES, decode_image
+from mimco_deploy.preprocess import decode_pixels, preprocess
 
 SAVED_AS = ["JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP"]
 MODES = ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "F", "I;16", "I;16B"]
@@ -273,3 +274,43 @@ def test_threads_decode_side_by_side() -> None:
 def test_suffixes_are_lower_case_and_cover_what_cameras_write() -> None:
     assert all(suffix == suffix.lower() and suffix.startswith(".") for suffix in IMAGE_SUFFIXES)
     assert {".jpg", ".jpeg", ".png", ".webp", ".tif", ".heic"} <= IMAGE_SUFFIXES
+
+
+# ---------------------------------------------------------------------- reduced by the decoder
+
+
+@pytest.mark.parametrize(
+    ("size", "short_side_px", "reduced"),
+    [
+        ((1024, 768), 96, (256, 192)),
+        ((1024, 768), 97, (512, 384)),
+        ((1024, 768), 385, (1024, 768)),
+        ((64, 64), 1, (8, 8)),
+    ],
+)
+def test_a_large_jpeg_is_reduced_to_no_less_than_twice_what_is_needed(
+    size: tuple[int, int], short_side_px: int, reduced: tuple[int, int]
+) -> None:
+    content = encoded(draw("rings", 1, 64).resize(size), "JPEG")
+    assert decode_image(content, short_side_px=short_side_px).size == reduced
+    assert min(reduced) >= min(2 * short_side_px, *size)
+    assert decode_image(content).size == size
+
+
+@pytest.mark.parametrize("form", ["PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM"])
+def test_other_formats_are_never_reduced(form: str) -> None:
+    content = encoded(draw("rings", 1, 64).resize((640, 480)), form)
+    assert decode_image(content, short_side_px=16).size == (640, 480)
+
+
+def test_a_reduced_jpeg_is_turned_upright_and_gives_nearly_the_same_pixels() -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    picture = draw("rings", 3, 128).resize((1600, 1200), Image.Resampling.BICUBIC)
+    content = encoded(picture, "JPEG", exif=exif, quality=95)
+    assert decode_image(content, short_side_px=64).size == (150, 200)
+    whole = preprocess(decode_image(content), 64, 0.875)
+    reduced = decode_pixels(content, "picture", 64, 0.875, "bicubic")
+    difference = np.abs(whole.astype(int) - reduced)
+    assert difference.mean() < 1.0
+    assert difference.max() > 0  # it is not that nothing was reduced

@@ -80,3 +80,41 @@ def load_encoder(
     encoder = OnnxEncoder(bundle, precision, device, strict=strict)
     encoder.prove()
     return encoder
+
+
+class LazyEncoder:
+    """An encoder that is loaded when it is first asked for something: an index that is up to date needs none.
+
+    Args:
+        path: as for `load_encoder`.
+        device: as for `load_encoder`.
+        strict: as for `load_encoder`.
+
+    Raises:
+        BundleError: the bundle is missing or broken; whatever else is wrong shows when it is loaded.
+    """
+
+    def __init__(self, path: Path, device: Device = "auto", *, strict: bool = False) -> None:
+        self.spec: EncoderSpec = read_bundle(path).spec
+        self._path, self._strict = path, strict
+        self._device: Device = device
+        self.loaded: Encoder | None = None
+
+    @property
+    def provider(self) -> str:
+        """What really runs the graph."""
+        return self._ready().provider
+
+    @property
+    def precision(self) -> Precision:
+        """Of the graph that runs."""
+        return self._ready().precision
+
+    def embed(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """As `Encoder.embed`; the first call may raise what `load_encoder` does."""
+        return self._ready().embed(images)
+
+    def _ready(self) -> Encoder:
+        if self.loaded is None:
+            self.loaded = load_encoder(self._path, self._device, strict=self._strict)
+        return self.loaded

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mimco_deploy.serving.ann import search_exact
+from mimco_deploy.serving.ann import Searcher
 
 Vectors = npt.NDArray[np.float32]
 
@@ -14,6 +14,12 @@ Vectors = npt.NDArray[np.float32]
 def unit(rng: np.random.Generator, count: int, dim: int) -> Vectors:
     raw = rng.standard_normal((count, dim))
     return np.asarray(raw / np.linalg.norm(raw, axis=1, keepdims=True), np.float32)
+
+
+def search_exact(
+    vectors: Vectors, live: npt.NDArray[np.bool_] | None, queries: Vectors, k: int
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    return Searcher(vectors, None if live is None else np.flatnonzero(~live)).search(queries, k)
 
 
 def oracle(vectors: Vectors, live: npt.NDArray[np.bool_], query: Vectors, k: int) -> list[tuple[float, int]]:

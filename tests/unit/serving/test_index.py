@@ -11,12 +11,14 @@ import pytest
 from PIL import Image
 
 from mimco_deploy.errors import BundleError, EncoderMismatchError, ImageError, IndexStoreError
-from mimco_deploy.serving import pictures
+from mimco_deploy.images import MAX_BYTES
+from mimco_deploy.serving import update
 from mimco_deploy.serving.encoders import load_encoder
+from mimco_deploy.serving.guarded import NEVER_OPENED, DecodePool, RefusedError
 from mimco_deploy.serving.index import Hit, ImageIndex, search_image
 from mimco_deploy.serving.roots import forget_root
 from mimco_deploy.serving.scan import Scan, scan_root
-from mimco_deploy.serving.update import UpdateReport, update_index
+from mimco_deploy.serving.update import Progress, UpdateReport, update_index
 from tests.helpers import CountingEncoder, Embeddings, Images, gallery, save, tiny_bundle
 
 
@@ -215,16 +217,30 @@ def test_copies_are_hits_of_their_own_with_the_same_score(place: Place) -> None:
     assert len(place.search(first, k=2)) == 2
 
 
-def test_batches_are_full_and_committed_one_by_one(place: Place) -> None:
+def test_batches_are_full_and_committed_one_by_one(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     gallery(place.photos, 10)
     seen: list[tuple[int, int, int]] = []
+    monkeypatch.setattr(update, "COMMIT_EVERY_S", 0.0)
 
-    def look(done: int, total: int) -> None:
-        seen.append((done, total, ImageIndex.open(place.index).counts().files))
+    def look(progress: Progress) -> None:
+        seen.append((progress.done, progress.total, ImageIndex.open(place.index).counts().files))
+        assert progress.images_per_s > 0
+        assert 0 <= progress.waiting <= 1
 
     update_index(place.index, [place.photos], place.encoder, batch_size=4, on_progress=look)
     assert place.encoder.batches == [4, 4, 2]
     assert seen == [(4, 10, 4), (8, 10, 8), (10, 10, 10)]
+
+
+def test_a_content_that_comes_in_several_batches_is_embedded_once(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(update, "COMMIT_EVERY_S", 0.0)
+    paths = gallery(place.photos, 8)
+    copies = [shutil.copyfile(paths[0], place.photos / f"copy-{number}.png") for number in range(4)]
+    report = place.update(place.photos)  # the original comes in the first batch, the copies in the third
+    assert (report.added, report.embedded) == (12, 8)
+    assert {hit.path for hit in place.search(paths[0]) if hit.score > 0.999} == {paths[0], *copies}
 
 
 def test_a_file_whose_name_is_not_utf8_is_found(place: Place) -> None:
@@ -258,7 +274,7 @@ def test_a_bad_picture_is_read_again_only_when_it_changes(place: Place, monkeypa
     bad.write_bytes(b"not a picture")
     place.update(place.photos)
     with monkeypatch.context() as patch:
-        patch.setattr(pictures, "decode_image", lambda *_: pytest.fail("it was read again"))
+        patch.setattr(DecodePool, "read", lambda *_: pytest.fail("it was read again"))
         assert len(place.update().problems) == 1
     save(bad, 3)
     report = place.update()
@@ -281,26 +297,25 @@ def test_a_picture_that_could_not_be_opened_is_always_tried_again(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (path,) = gallery(place.photos, 1)
-    real = Path.open
+    found = f"{path} cannot be read (Permission denied)"
 
-    def closed(self: Path, *args: Any, **options: Any) -> Any:
-        if self == path:
-            raise PermissionError(13, "Permission denied")
-        return real(self, *args, **options)
+    def closed(*_: object) -> Any:
+        raise RefusedError("unreadable", found, NEVER_OPENED)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "open", closed)
+        patch.setattr(DecodePool, "read", closed)
         (problem,) = place.update(place.photos).problems
-    assert (problem.problem, problem.found) == ("unreadable", f"{path} cannot be read (Permission denied)")
+    assert (problem.problem, problem.found) == ("unreadable", found)
     assert place.update().problems == ()
     assert place.files() == [path]
 
 
-def test_a_file_over_the_size_limit_is_not_read(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    (path,) = gallery(place.photos, 1)
-    monkeypatch.setattr(pictures, "MAX_BYTES", path.stat().st_size - 1)
+def test_a_file_over_the_size_limit_is_not_read(place: Place) -> None:
+    with (place.photos / "large.png").open("wb") as file:
+        file.truncate(MAX_BYTES + 1)  # sparse: it takes no room
     (problem,) = place.update(place.photos).problems
     assert problem.problem == "too_large"
+    assert f"more than {MAX_BYTES:,}" in problem.found
 
 
 def test_a_file_that_vanishes_after_the_walk_is_dropped(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -445,7 +460,7 @@ def test_another_encoder_is_refused_with_both_fingerprints(place: Place) -> None
     (path,) = gallery(place.photos, 1)
     place.update(place.photos)
     place.encoder = CountingEncoder(seed=1, fingerprint="0123456789ab" * 5)
-    message = "made by encoder ffffffffffff; expected 0123456789ab, .*run: mimco index --rebuild"
+    message = "made by encoder ffffffffffff; expected 0123456789ab, .*run: mimco index reindex"
     with pytest.raises(EncoderMismatchError, match=message):
         place.update()
     with pytest.raises(EncoderMismatchError, match=message):

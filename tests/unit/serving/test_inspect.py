@@ -104,7 +104,7 @@ def test_the_commands_answer(workspace: Path, tmp_path: Path, generation: Genera
     rows_of(generation)[4, 2] = np.nan
     damaged = run(workspace, "verify")
     assert damaged.exit_code == 1
-    assert "run: mimco index --rebuild" in damaged.output
+    assert "run: mimco index repair" in damaged.output
 
 
 @pytest.mark.parametrize("command", ["status", "problems", "verify"])
@@ -116,7 +116,9 @@ def test_without_an_index_each_says_how_to_make_one(tmp_path: Path, command: str
 
 
 def test_folders_need_no_command(workspace: Path, tmp_path: Path) -> None:
-    help_of = {name: run(workspace, *name).output for name in ((), ("update",), ("--rebuild",), (str(tmp_path),))}
+    help_of = {
+        name: run(workspace, *name).output for name in ((), ("update",), ("--retry-problems",), (str(tmp_path),))
+    }
     assert len(set(help_of.values())) == 1  # all of them ask for the encoder that is not there
     assert "no encoder in" in help_of[()]
     assert "COMMAND" in run(workspace, "--help").output

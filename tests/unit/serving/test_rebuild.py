@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from mimco_deploy.errors import EncoderMismatchError, IndexStoreError
+from mimco_deploy.serving import update
 from mimco_deploy.serving.generations import begin_generation, current_generation, switch_to, writer_lock
 from mimco_deploy.serving.index import ImageIndex, search_image
-from mimco_deploy.serving.update import UpdateReport, update_index
+from mimco_deploy.serving.update import Progress, UpdateReport, update_index
 from tests.helpers import CountingEncoder, Embeddings, Images, gallery, noise, save
 
 OTHER = "0" * 64
@@ -37,6 +38,11 @@ class FailingEncoder(CountingEncoder):
         if self.pictures >= self._after:
             raise Killed
         return super().embed(images)
+
+
+@pytest.fixture(autouse=True)
+def every_batch_is_committed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(update, "COMMIT_EVERY_S", 0.0)
 
 
 def grow(tmp_path: Path, encoder: CountingEncoder, *roots: Path, rebuild: bool = False) -> UpdateReport:
@@ -149,9 +155,9 @@ def test_a_broken_pointer_is_refused_and_a_rebuild_mends_it(tmp_path: Path, cont
     gallery(tmp_path / "a", 3)
     grow(tmp_path, CountingEncoder(), tmp_path / "a")
     (tmp_path / "index" / "index.json").write_bytes(content)
-    with pytest.raises(IndexStoreError, match=r"index.json cannot be read .*; run: mimco index --rebuild DIR"):
+    with pytest.raises(IndexStoreError, match=r"index.json cannot be read .*; run: mimco index reindex DIR"):
         ImageIndex.open(tmp_path / "index")
-    with pytest.raises(IndexStoreError, match="run: mimco index --rebuild DIR"):
+    with pytest.raises(IndexStoreError, match="run: mimco index reindex DIR"):
         grow(tmp_path, CountingEncoder(), rebuild=True)
     assert grow(tmp_path, CountingEncoder(), tmp_path / "a", rebuild=True).counts.files == 3
     assert folders(tmp_path / "index") == ["000002"]
@@ -167,10 +173,10 @@ def test_an_index_of_another_format_is_refused(tmp_path: Path) -> None:
         ImageIndex.open(tmp_path / "index")
     pointer.write_text(good)
     connection = sqlite3.connect(current_generation(tmp_path / "index").catalog)
-    connection.execute("UPDATE settings SET value = '2' WHERE key = 'format_version'")
+    connection.execute("UPDATE settings SET value = '1' WHERE key = 'format_version'")
     connection.commit()
     connection.close()
-    with pytest.raises(IndexStoreError, match="has format version 2; expected 1"):
+    with pytest.raises(IndexStoreError, match="has format version 1; expected 2"):
         ImageIndex.open(tmp_path / "index")
 
 
@@ -181,9 +187,9 @@ def test_a_broken_catalogue_is_refused_with_the_way_out(tmp_path: Path, content:
     catalog = current_generation(tmp_path / "index").catalog
     catalog.unlink() if content is None else catalog.write_bytes(content)
     for _ in range(2):
-        with pytest.raises(IndexStoreError, match=r"catalog.sqlite.*run: mimco index --rebuild DIR"):
+        with pytest.raises(IndexStoreError, match=r"catalog.sqlite.*run: mimco index reindex DIR"):
             ImageIndex.open(tmp_path / "index")
-    with pytest.raises(IndexStoreError, match="run: mimco index --rebuild DIR"):
+    with pytest.raises(IndexStoreError, match="run: mimco index reindex DIR"):
         grow(tmp_path, CountingEncoder())
     assert grow(tmp_path, CountingEncoder(), tmp_path / "a", rebuild=True).counts.files == 2
 
@@ -250,10 +256,10 @@ def test_the_lock_is_held_during_the_whole_of_a_rebuild(tmp_path: Path) -> None:
     grow(tmp_path, CountingEncoder(), tmp_path / "a")
     refused: list[int] = []
 
-    def intrude(done: int, _total: int) -> None:
+    def intrude(progress: Progress) -> None:
         with pytest.raises(IndexStoreError, match="being written by process"):
             grow(tmp_path, CountingEncoder())
-        refused.append(done)
+        refused.append(progress.done)
 
     update_index(tmp_path / "index", [], CountingEncoder(), batch_size=4, rebuild=True, on_progress=intrude)
     assert refused == [4, 8]

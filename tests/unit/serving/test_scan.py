@@ -7,23 +7,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mimco_deploy.serving.scan import FileStat, Scan, Stamp, Unlisted, compare, readable, scan_root
+from mimco_deploy.serving.scan import Scan, Stamp, Unlisted, compare, readable, scan_root
 from tests.helpers import save
 
 
 def paths(scan: Scan) -> list[str]:
-    return [file.path for file in scan.files]
+    return sorted(path for path, _, _ in scan.files)
 
 
-def test_pictures_are_found_in_the_order_of_their_names(tmp_path: Path) -> None:
+def test_pictures_are_found_by_their_suffix(tmp_path: Path) -> None:
     for name in ("b.png", "a/z.JPG", "a/y/x.webp", "a.png", "notes.txt", "a/no-suffix"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"content")
     scan = scan_root(tmp_path)
-    assert paths(scan) == ["a.png", "a/y/x.webp", "a/z.JPG", "b.png"]
+    files = sorted(scan.files)
+    assert [path for path, _, _ in files] == ["a.png", "a/y/x.webp", "a/z.JPG", "b.png"]
     assert scan.unlisted == []
     status = (tmp_path / "b.png").stat()
-    assert scan.files[-1] == FileStat("b.png", Stamp(7, status.st_mtime_ns))
+    assert files[-1] == ("b.png", 7, status.st_mtime_ns)
 
 
 def test_hidden_files_and_folders_are_passed_over(tmp_path: Path) -> None:
@@ -44,7 +45,9 @@ def test_a_link_to_a_folder_is_not_followed_and_one_to_a_file_is(tmp_path: Path)
 def test_what_is_no_regular_file_is_passed_over(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "folder.png").mkdir()
-    assert scan_root(tmp_path) == Scan([], [])
+    scan = scan_root(tmp_path)
+    assert paths(scan) == []
+    assert scan.unlisted == []
 
 
 def test_a_name_that_is_not_utf8_is_found_under_its_bytes(tmp_path: Path) -> None:
@@ -58,14 +61,14 @@ def test_a_name_that_is_not_utf8_is_found_under_its_bytes(tmp_path: Path) -> Non
 def test_a_folder_that_cannot_be_listed_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path / "open" / "a.png", 0)
     save(tmp_path / "closed" / "b.png", 1)
-    real = os.scandir
+    real = os.open
 
-    def scandir(path: Path) -> object:
-        if Path(path).name == "closed":
+    def opened(path: Path, flags: int) -> int:
+        if path.name == "closed":
             raise PermissionError(13, "Permission denied")
-        return real(path)
+        return real(path, flags)
 
-    monkeypatch.setattr(os, "scandir", scandir)
+    monkeypatch.setattr(os, "open", opened)
     scan = scan_root(tmp_path)
     assert paths(scan) == ["open/a.png"]
     assert scan.unlisted == [Unlisted("closed", "Permission denied")]
@@ -73,7 +76,7 @@ def test_a_folder_that_cannot_be_listed_is_reported(tmp_path: Path, monkeypatch:
 
 def test_a_root_that_is_away_is_unlisted_as_a_whole(tmp_path: Path) -> None:
     scan = scan_root(tmp_path / "unplugged")
-    assert scan.files == []
+    assert paths(scan) == []
     assert [folder.path for folder in scan.unlisted] == [""]
 
 
@@ -84,11 +87,11 @@ stamps = st.dictionaries(
 
 @given(known=stamps, found=stamps)
 def test_every_path_is_in_exactly_one_list(known: dict[str, Stamp], found: dict[str, Stamp]) -> None:
-    changes = compare(known, Scan(sorted(FileStat(*item) for item in found.items()), []))
+    changes = compare(known, Scan([(path, *stamp) for path, stamp in found.items()], []))
     assert {file.path for file in changes.new} == found.keys() - known.keys()
     assert set(changes.gone) == known.keys() - found.keys()
     both = known.keys() & found.keys()
-    assert {file.path for file in changes.same} == {path for path in both if known[path] == found[path]}
+    assert set(changes.same) == {path for path in both if known[path] == found[path]}
     assert {file.path for file in changes.changed} == {path for path in both if known[path] != found[path]}
     assert changes.kept == {}
 

@@ -1,0 +1,125 @@
+"""The process that reads and decodes files, so that one that hangs or crashes its decoder costs one file.
+
+It ends itself: a timer of the system kills it where a file takes too long, and a limit of the system refuses it memory
+beyond a bound. `guarded.py` starts it, and starts another when it is gone. Both sides write frames, a length of four
+bytes and that many bytes:
+
+    asked     flag, path          flag 1: the content may be known, so say its hash before decoding
+    hash      b"H" stamp sha256   answered by b"1", decode it, or b"0", do not
+    pixels    b"P" stamp sha256 length-of-facts facts pixels     facts: JSON of `images.Facts`
+    refused   b"R" stamp problem NUL words
+    vanished  b"V"
+
+The stamp is size and mtime_ns. It is taken from the open file before its bytes are read, so a file that is written to
+meanwhile has another stamp at the next walk and is read again. Standard library, NumPy and Pillow only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import resource
+import signal
+import struct
+import sys
+from dataclasses import asdict
+from typing import IO, cast
+
+from mimco_deploy.errors import ImageError
+from mimco_deploy.images import MAX_BYTES, read_facts
+from mimco_deploy.preprocess import Interpolation, decode_pixels
+
+STAMP = struct.Struct("<qq")
+LENGTH = struct.Struct("<I")
+READY = b"ready"
+
+
+def write_frame(file: IO[bytes], *parts: bytes | memoryview) -> None:
+    """Write one frame."""
+    file.write(LENGTH.pack(sum(len(part) for part in parts)))
+    for part in parts:
+        file.write(part)
+    file.flush()
+
+
+def read_frame(file: IO[bytes]) -> bytes:
+    """Read one frame.
+
+    Raises:
+        EOFError: the other side is gone.
+    """
+    head = file.read(LENGTH.size)
+    if len(head) < LENGTH.size:
+        raise EOFError
+    (length,) = LENGTH.unpack(head)
+    content = file.read(length)
+    if len(content) < length:
+        raise EOFError
+    return content
+
+
+def main(image_size_px: int, crop_share: float, interpolation: Interpolation, limit_s: float, limit_mib: int) -> None:
+    """Read files until nobody asks any more.
+
+    Args:
+        image_size_px: of the encoder.
+        crop_share: of the encoder.
+        interpolation: of the encoder.
+        limit_s: after which a file is given up, with the process.
+        limit_mib: memory that the process may take.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, whatever its decoder does
+    with contextlib.suppress(ValueError, OSError):  # not every system has it
+        resource.setrlimit(resource.RLIMIT_AS, (limit_mib * 2**20,) * 2)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    asked, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    answers.write(READY)
+    answers.flush()
+    silent = os.open(os.devnull, os.O_RDWR)  # decoders written in C talk to stdout and stderr
+    for descriptor in (0, 1, 2):
+        os.dup2(silent, descriptor)
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        while True:
+            request = read_frame(asked)
+            signal.setitimer(signal.ITIMER_REAL, limit_s)
+            _serve(request, asked, answers, (image_size_px, crop_share, interpolation))
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _serve(request: bytes, asked: IO[bytes], answers: IO[bytes], geometry: tuple[int, float, Interpolation]) -> None:
+    path = os.fsdecode(request[1:])
+    stamp = STAMP.pack(-1, -1)  # no file has it
+    try:
+        with open(path, "rb") as file:  # noqa: PTH123  # a Path would be made for nothing
+            status = os.fstat(file.fileno())
+            stamp = STAMP.pack(status.st_size, status.st_mtime_ns)
+            if status.st_size > MAX_BYTES:
+                raise ImageError("too_large", f"{path} has {status.st_size:,} bytes, more than {MAX_BYTES:,}")
+            content = file.read(status.st_size + 1)  # bounded also where it grows
+        sha256 = hashlib.sha256(content).digest()
+        if request[0]:
+            write_frame(answers, b"H", stamp, sha256)
+            if read_frame(asked) == b"0":
+                return
+        pixels = decode_pixels(content, path, *geometry)
+        facts = json.dumps(asdict(read_facts(content))).encode()
+        write_frame(answers, b"P", stamp, sha256, LENGTH.pack(len(facts)), facts, pixels.data.cast("B"))
+    except ImageError as error:
+        _refuse(answers, stamp, error.problem, error.found)
+    except (FileNotFoundError, NotADirectoryError):
+        write_frame(answers, b"V")
+    except MemoryError:
+        _refuse(answers, stamp, "too_large", f"{path} needs more memory than a file may take")
+    except OSError as error:
+        _refuse(answers, stamp, "unreadable", f"{path} cannot be read ({error.strerror})")
+
+
+def _refuse(answers: IO[bytes], stamp: bytes, problem: str, found: str) -> None:
+    write_frame(answers, b"R", stamp, problem.encode(), b"\0", os.fsencode(found))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), float(sys.argv[2]), cast(Interpolation, sys.argv[3]), float(sys.argv[4]), int(sys.argv[5]))
