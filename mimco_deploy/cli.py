@@ -9,8 +9,10 @@ import click
 from mimco_deploy import __version__
 from mimco_deploy.commands.bench import bench, doctor
 from mimco_deploy.commands.common import IS_MAIN_PROCESS, Folder, Group, set_up_logging
+from mimco_deploy.commands.dupes import dupes, leaks
 from mimco_deploy.commands.export import export
 from mimco_deploy.commands.index import index
+from mimco_deploy.commands.map import map_
 from mimco_deploy.commands.search import search
 from mimco_deploy.commands.train import train
 from mimco_deploy.workspace import find_workspace
@@ -41,3 +43,6 @@ main.add_command(bench)
 main.add_command(doctor)
 main.add_command(index)
 main.add_command(search)
+main.add_command(dupes)
+main.add_command(leaks)
+main.add_command(map_)

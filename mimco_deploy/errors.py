@@ -17,7 +17,8 @@ and exits with 1; anything that is not a `MimcoError` is a defect of mimco and k
     ├── EngineError            a TensorRT engine that is stale, foreign, broken or cannot be built
     ├── ProviderError          a device or runtime that was asked for and does not run
     ├── IndexStoreError        an index that is missing, broken or held by another writer
-    └── EncoderMismatchError   an index made by another encoder
+    ├── EncoderMismatchError   an index made by another encoder
+    └── MoveError              pictures that cannot be moved out of the way, or back
 """
 
 from __future__ import annotations
@@ -127,3 +128,7 @@ class IndexStoreError(MimcoError):
 
 class EncoderMismatchError(MimcoError):
     """An index made by another encoder than the one at hand."""
+
+
+class MoveError(MimcoError):
+    """Pictures that cannot be moved out of the way, or back."""

@@ -5,18 +5,24 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich import box
+from rich.color import Color
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.style import Style
 from rich.table import Table
 from rich.text import Text
+
+from mimco_deploy.errors import ImageError
 
 if TYPE_CHECKING:
     from mimco_deploy.serving.update import Progress as UpdateProgress
     from mimco_deploy.training.loop import StepReport
 
+THUMBNAIL_CELLS = 24
 talk = Console(stderr=True, highlight=False)
 
 
@@ -28,6 +34,28 @@ def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     Console(highlight=False, width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def print_thumbnail(path: Path) -> None:
+    """A picture in half blocks, two pixels in a cell, on a terminal of 16 million colours; elsewhere nothing."""
+    console = Console(highlight=False)
+    if not sys.stdout.isatty() or console.color_system != "truecolor":
+        return
+    from mimco_deploy.images import read_image
+
+    try:
+        picture = read_image(path, THUMBNAIL_CELLS)
+    except ImageError:
+        return  # the path is printed all the same
+    picture.thumbnail((THUMBNAIL_CELLS, THUMBNAIL_CELLS))
+    pixels = picture.load()
+    assert pixels is not None
+    for top in range(0, picture.height - 1, 2):
+        line = Text("     ")
+        for x in range(picture.width):
+            upper, lower = (Color.from_rgb(*pixels[x, y]) for y in (top, top + 1))  # type: ignore[misc]
+            line.append("▀", Style(color=upper, bgcolor=lower))
+        console.print(line)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,8 @@ since are scanned. Dead rows are passed over by a selection while searching; FAI
 
 from __future__ import annotations
 
+import copy
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,10 +32,14 @@ _PER_HIT_OF_CODES = 10
 _ROUNDING = 1e-5
 MAX_APPROXIMATE_K = 100
 """More hits than this are searched exactly: how many lists to read was tuned for few."""
+_MIN_APPROXIMATE_SHARE = 0.25
+"""Fewer rows than this share are scanned: passing over the others costs a bit each."""
 _TRAINING_ROWS_PER_LIST = 48
 _MIN_TRAINING_ROWS = 10_000
 """For the codes, where there are few lists."""
 _ADDED_AT_ONCE = 2**16
+_TRAINING_ROWS_PER_CELL = 32
+_CELL_ROUNDS = 8
 _SEED = 2209
 
 Scores = npt.NDArray[np.float32]
@@ -91,6 +97,26 @@ class Searcher:
             self._covered = approximation.rows
             tail_dead = None if dead is None else dead[dead >= self._covered] - self._covered
             self._tail = Searcher(vectors[self._covered :], tail_dead)
+
+    def within(self, rows: Rows) -> Searcher:
+        """The same that returns some rows only.
+
+        Args:
+            rows: live ones, rising.
+        """
+        mask = np.zeros(len(self._vectors), np.bool_)
+        mask[rows] = True
+        found = copy.copy(self)
+        found._live = Selection(mask)
+        found.count = found._live.count
+        if self._ivf is not None:
+            share = found.count / max(len(self._vectors), 1)
+            if share < _MIN_APPROXIMATE_SHARE:
+                found._ivf = None
+            else:
+                found._nprobe = math.ceil(self._nprobe / share)  # the nearest that count lie that much farther
+                found._tail = self._tail.within(rows[rows >= self._covered] - self._covered)
+        return found
 
     def search(self, queries: Vectors, k: int) -> tuple[Scores, Rows]:
         """Find the k rows of highest inner product with each query.
@@ -252,3 +278,48 @@ def _scored_again(vectors: Vectors, queries: Vectors, candidates: Rows) -> tuple
         order = np.lexsort((found, -exact))
         scores[number], rows[number] = exact[order], found[order]
     return scores, rows
+
+
+class Cells:
+    """The space of embeddings cut into cells: a row lies in the cell of its nearest centroid.
+
+    Args:
+        vectors: [N, D], unit length.
+        rows: what the cells are fitted to; a part of them is looked at.
+        count: of cells; as many as rows at most.
+    """
+
+    def __init__(self, vectors: Vectors, rows: Rows, count: int) -> None:
+        self._vectors = vectors
+        self.count = min(count, len(rows))
+        wanted = min(len(rows), _TRAINING_ROWS_PER_CELL * self.count)
+        chosen = np.sort(np.random.default_rng(_SEED).choice(rows, wanted, replace=False))
+        fitted: Any = faiss.Kmeans(
+            vectors.shape[1],
+            self.count,
+            niter=_CELL_ROUNDS,
+            seed=_SEED,
+            spherical=True,
+            min_points_per_centroid=1,  # fewer are no reason to write to stderr
+            max_points_per_centroid=_TRAINING_ROWS_PER_CELL,
+        )
+        fitted.train(np.ascontiguousarray(vectors[chosen], np.float32))
+        self._centroids: Vectors = fitted.centroids
+
+    def nearest(self, rows: Rows, count: int) -> npt.NDArray[np.int32]:
+        """The cells whose centroids lie nearest to rows.
+
+        Args:
+            rows: of the embeddings.
+            count: of cells for each; all of them at most.
+
+        Returns:
+            [len(rows), count], nearest first.
+        """
+        found = np.empty((len(rows), min(count, self.count)), np.int32)
+        for start in range(0, len(rows), _ADDED_AT_ONCE):
+            part = np.ascontiguousarray(self._vectors[rows[start : start + _ADDED_AT_ONCE]], np.float32)
+            found[start : start + len(part)] = faiss.knn(
+                part, self._centroids, found.shape[1], metric=faiss.METRIC_INNER_PRODUCT
+            )[1]
+        return found

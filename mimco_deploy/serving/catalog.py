@@ -187,6 +187,11 @@ class Catalog:
             self._db.close()
             raise
 
+    @property
+    def connection(self) -> sqlite3.Connection:
+        """The connection itself, for temporary views over the catalogue (`filters.py`)."""
+        return self._db
+
     def close(self) -> None:
         """Close the connection."""
         self._db.close()
@@ -285,6 +290,18 @@ class Catalog:
         """Row of a content, dead or alive; None where it was never embedded."""
         found = self._db.execute("SELECT row FROM contents WHERE sha256 = ?", (sha256,)).fetchone()
         return None if found is None else int(found[0])
+
+    def row_of_file(self, path: Path) -> int | None:
+        """Row of an indexed file, by its absolute path; None where it is not listed."""
+        for root in self.roots():
+            if path.is_relative_to(root.path):
+                below = os.fsencode(path.relative_to(root.path))
+                found = self._db.execute(
+                    "SELECT row FROM files WHERE root_id = ? AND path = ?", (root.id, below)
+                ).fetchone()
+                if found is not None:
+                    return int(found[0])
+        return None
 
     def files_of(self, rows: Sequence[int]) -> dict[int, tuple[str, list[Path]]]:
         """What lies behind rows: the content, SHA-256 in hexadecimal, and its files, absolute, sorted by path."""

@@ -11,7 +11,7 @@ import contextlib
 import threading
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
@@ -19,14 +19,15 @@ import numpy as np
 import numpy.typing as npt
 
 from mimco_deploy.errors import IndexStoreError
-from mimco_deploy.preprocess import read_pixels
 from mimco_deploy.serving.ann import Searcher
+from mimco_deploy.serving.background import Background, background_of
 from mimco_deploy.serving.catalog import Catalog, Counts, Problem
-from mimco_deploy.serving.encoders import Encoder
+from mimco_deploy.serving.filters import Filter, FilteredFiles
 from mimco_deploy.serving.generations import POINTER_FILE, Generation, check_encoder, current_generation
 from mimco_deploy.serving.tuning import Tuning, open_searcher, tuning_of
 from mimco_deploy.serving.vectors import read_vectors
-from mimco_deploy.stopwatch import Stopwatch
+
+_REMEMBERED = 16
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,10 @@ class Hit:
     """Cosine in [−1, 1], higher is better."""
     content: str
     """SHA-256 of the file, hexadecimal: copies share it."""
+    expected_by_chance: float | None = None
+    """How many of the pictures searched would score this or more by chance; None where there are too few to tell."""
+    confidence: float | None = None
+    """1 / (1 + expected by chance), in (0, 1]: whether the score stands out; see `background.py`."""
 
 
 @dataclass(frozen=True)
@@ -48,15 +53,21 @@ class _State:
     generation: Generation
     revision: int
     searcher: Searcher
+    background: Background | None
+    references: npt.NDArray[np.float32]
+    """[R, D], embeddings that the background is measured with"""
+    filtered: dict[Filter, Searcher] = field(default_factory=dict)
+    """The last conditions that were asked for"""
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Connection:
     """An open catalogue, and the pointer that led to it."""
 
     pointer: tuple[int, int]
     generation: Generation
     catalog: Catalog
+    filters: FilteredFiles | None = None
 
 
 class ImageIndex:
@@ -141,12 +152,28 @@ class ImageIndex:
         with self._reading() as (_, catalog):
             return tuning_of(catalog)
 
-    def search(self, embedding: npt.NDArray[np.float32], k: int) -> list[Hit]:
+    def embedding_of(self, path: Path) -> npt.NDArray[np.float32] | None:
+        """The stored embedding of an indexed file, which need not exist any more; None where it is not listed.
+
+        Args:
+            path: absolute, or relative to the current folder.
+        """
+        with self._reading() as (generation, catalog):
+            row = catalog.row_of_file(path.parent.resolve() / path.name)
+            if row is None:
+                return None
+            return np.array(read_vectors(generation.vectors, catalog.embedding_dim, catalog.row_count())[row])
+
+    def search(
+        self, embedding: npt.NDArray[np.float32], k: int, condition: Filter | None = None, *, min_score: float = -1.0
+    ) -> list[Hit]:
         """Find the files that look most like one picture.
 
         Args:
             embedding: [D], L2-normalised, of the encoder that made the index.
             k: at least 1.
+            condition: which files may be hits; all where None.
+            min_score: least score of a hit.
 
         Returns:
             Up to k hits, best first; copies of one content are hits of their own with the same score.
@@ -154,17 +181,22 @@ class ImageIndex:
         Raises:
             IndexStoreError: the index is empty or broken.
             EncoderMismatchError: the index was rebuilt by another encoder since it was opened.
+            ConfigError: the condition cannot be used.
         """
         if embedding.ndim != 1:
             raise ValueError(f"embedding of shape {embedding.shape}, expected [{self.embedding_dim}]")
-        return self.search_many(embedding[np.newaxis], k)[0]
+        return self.search_many(embedding[np.newaxis], k, condition, min_score=min_score)[0]
 
-    def search_many(self, embeddings: npt.NDArray[np.float32], k: int) -> list[list[Hit]]:
+    def search_many(
+        self, embeddings: npt.NDArray[np.float32], k: int, condition: Filter | None = None, *, min_score: float = -1.0
+    ) -> list[list[Hit]]:
         """Search for several pictures at once.
 
         Args:
             embeddings: [Q, D], L2-normalised.
             k: at least 1.
+            condition: as for `search`.
+            min_score: as for `search`.
 
         Returns:
             Q lists, each as `search` gives it.
@@ -173,20 +205,37 @@ class ImageIndex:
             raise ValueError(f"embeddings of shape {embeddings.shape}, expected [Q, {self.embedding_dim}], all finite")
         if k < 1:
             raise ValueError(f"k = {k}, expected at least 1")
-        with self._reading() as (generation, catalog):
-            state = self._refreshed(generation, catalog)
+        condition = condition or None
+        with self._connected(condition) as connection:
+            state = self._refreshed(connection.generation, connection.catalog)
             if not state.searcher.count:
                 raise IndexStoreError(f"the index in {self.path} holds no picture", command="mimco index DIR")
-            scores, rows = state.searcher.search(embeddings, k)
-            return [_hits(catalog, *found, k) for found in zip(scores, rows, strict=True)]
+            searcher = state.searcher if condition is None else _within(state, connection, condition)
+            scores, rows = searcher.search(embeddings, k)
+            results = []
+            for query, query_scores, query_rows in zip(embeddings, scores, rows, strict=True):
+                kept = query_scores >= min_score
+                hits = _Hits(query, query_scores[kept], query_rows[kept].tolist(), searcher.count)
+                results.append(_list_hits(hits, k, state, connection, condition))
+            return results
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[tuple[Generation, Catalog]]:
+        with self._connected(None) as connection:
+            yield connection.generation, connection.catalog
+
+    @contextlib.contextmanager
+    def _connected(self, condition: Filter | None) -> Iterator[_Connection]:
+        """One state of the index, and what is needed to run a condition on it."""
         connection = self._connection()
         try:
+            if condition is not None:
+                if connection.filters is None:
+                    connection.filters = FilteredFiles(connection.catalog.connection)
+                connection.filters.prepare(condition)
             with connection.catalog.snapshot():
                 check_encoder(self.path, connection.catalog.fingerprint, self.fingerprint)
-                yield connection.generation, connection.catalog
+                yield connection
         except BaseException:
             connection.catalog.close()
             raise
@@ -209,38 +258,11 @@ class ImageIndex:
             state = self._state
             if state is None or (state.generation, state.revision) != (generation, revision):
                 vectors = read_vectors(generation.vectors, catalog.embedding_dim, catalog.row_count())
-                state = self._state = _State(generation, revision, open_searcher(generation, catalog, vectors))
+                background = background_of(catalog)
+                references = np.ascontiguousarray(vectors[background.reference if background else []])
+                searcher = open_searcher(generation, catalog, vectors)
+                state = self._state = _State(generation, revision, searcher, background, references)
         return state
-
-
-def search_image(index: ImageIndex, encoder: Encoder, path: Path, k: int, watch: Stopwatch | None = None) -> list[Hit]:
-    """Find the files that look most like a picture on disk, which need not be indexed.
-
-    Args:
-        index: where to look.
-        encoder: the one that made the index.
-        path: the query image.
-        k: at least 1.
-        watch: told when the picture is decoded, embedded and searched for.
-
-    Returns:
-        Up to k hits, best first. An indexed query image finds itself, with a score of 1 but for rounding.
-
-    Raises:
-        ImageError: the query is not a picture.
-        EncoderMismatchError: another encoder made the index.
-        IndexStoreError: the index is empty or broken.
-    """
-    check_encoder(index.path, index.fingerprint, encoder.spec.fingerprint)
-    spec = encoder.spec
-    pixels = read_pixels(path, spec.image_size_px, spec.crop_share, spec.interpolation)
-    watch = watch or Stopwatch()
-    watch.lap("decode")
-    embedding = encoder.embed(pixels[np.newaxis])[0]
-    watch.lap("embed")
-    hits = index.search(embedding, k)
-    watch.lap("search")
-    return hits
 
 
 def _connect(path: Path) -> _Connection:
@@ -268,14 +290,50 @@ def _close_all(connections: list[_Connection]) -> None:
         connections.pop().catalog.close()
 
 
-def _hits(catalog: Catalog, scores: npt.NDArray[np.float32], rows: npt.NDArray[np.int64], k: int) -> list[Hit]:
+def _within(state: _State, connection: _Connection, condition: Filter) -> Searcher:
+    """What to search with under a condition; the last few are remembered as long as the index stays as it is."""
+    found = state.filtered.get(condition) if condition.table is None else None  # a table may change
+    if found is None:
+        assert connection.filters is not None
+        found = state.searcher.within(np.sort(np.array(connection.filters.rows(condition), np.int64)))
+        if len(state.filtered) >= _REMEMBERED:
+            state.filtered.clear()
+        state.filtered[condition] = found
+    return found
+
+
+@dataclass(frozen=True)
+class _Hits:
+    """Rows that a search found for one query."""
+
+    query: npt.NDArray[np.float32]
+    """[D]"""
+    scores: npt.NDArray[np.float32]
+    """[K], falling"""
+    rows: list[int]
+    searched: int
+    """Pictures that were searched."""
+
+
+def _list_hits(found: _Hits, k: int, state: _State, connection: _Connection, condition: Filter | None) -> list[Hit]:
+    """The files behind rows, at most k."""
+    files = connection.catalog.files_of(found.rows)
+    allowed = None
+    if condition is not None and found.rows:
+        assert connection.filters is not None
+        allowed = connection.filters.files(condition, found.rows)
+    expected: list[float | None] = [None] * len(found.rows)
+    if state.background is not None:
+        background = state.background
+        expected = background.expected_by_chance(state.references, found.query, found.scores, found.searched).tolist()
     hits: list[Hit] = []
-    found = catalog.files_of(rows.tolist())
-    for score, row in zip(
-        scores.clip(-1.0, 1.0).tolist(), rows.tolist(), strict=True
-    ):  # rounding may step over the ends
-        content, paths = found[row]
-        hits += [Hit(path, score, content) for path in paths]
+    # Rounding may step over the ends of the cosine.
+    for row, score, chance in zip(found.rows, found.scores.clip(-1.0, 1.0).tolist(), expected, strict=True):
+        content, paths = files[row]
+        confidence = None if chance is None else 1 / (1 + chance)
+        hits += [
+            Hit(path, score, content, chance, confidence) for path in paths if allowed is None or (row, path) in allowed
+        ]
         if len(hits) >= k:
             break
     return hits[:k]

@@ -8,16 +8,22 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from mimco_deploy.atomic import write_bytes
 from mimco_deploy.errors import ImageError
-from mimco_deploy.images import read_image
+from mimco_deploy.images import decode_image, read_image
+from mimco_deploy.serving.background import in_words
 from mimco_deploy.serving.index import Hit
 from mimco_deploy.serving.scan import readable
+from mimco_deploy.serving.why import Reason
 
 THUMBNAIL_PX = 256
 _JPEG_QUALITY = 82
+_LEAST_RANGE = 0.2
+"""Of heat, from dark to bright: where all parts are alike, all are bright."""
 
 _STYLE = """
 :root { color-scheme: light dark; --page: #f6f5f2; --card: #fff; --ink: #1d1c1a; --soft: #6d6a64; --line: #e4e1da;
@@ -49,6 +55,8 @@ li .well { border-radius: 0; }
   font-variant-numeric: tabular-nums; }
 .bar { height: 3px; margin: .45rem 0 .55rem; border-radius: 2px; background: var(--well); }
 .bar i { display: block; height: 100%; border-radius: 2px; background: var(--mark); }
+.pair { display: flex; gap: 2px; margin-bottom: .4rem; }
+.pair img { width: 50%; height: auto; }
 .name { font-size: .87rem; overflow-wrap: anywhere; }
 .path { font-size: .78rem; }
 header .path { margin-bottom: .6rem; }
@@ -58,18 +66,23 @@ footer { margin-top: 2rem; color: var(--soft); font-size: .8rem; }
 """
 
 
-def write_sheet(path: Path, query: Path, hits: Sequence[Hit]) -> None:
+def write_sheet(path: Path, query: Path | bytes, hits: Sequence[Hit], reasons: Sequence[Reason | None] = ()) -> None:
     """Write a page that shows a query image and its hits.
 
     Pictures are embedded as thumbnails, so the page can be mailed; only the links to the originals need the disk.
 
     Args:
         path: file to write, replaced whole.
-        query: the query image.
+        query: the query image, a file or the content of one.
         hits: best first.
+        reasons: of each hit, where it and the query are alike; none to show pictures alone.
     """
-    title = html.escape(f"{readable(query.name)} · {_number(len(hits))}")
-    query_picture = _picture(query, f"Query image {readable(query.name)}")
+    name = "picture on stdin" if isinstance(query, bytes) else readable(query.name)
+    folder = "" if isinstance(query, bytes) else readable(query.absolute().parent)
+    title = html.escape(f"{name} · {_number(len(hits))}")
+    query_picture = _picture(query, f"Query image {name}")
+    cards = [_card(rank, hit, reasons[rank - 1] if reasons else None) for rank, hit in enumerate(hits, 1)]
+    heat = " Bright parts of a pair are alike in both." if any(reasons) else ""
     page = f"""<!doctype html>
 <html lang="en">
 <head>
@@ -84,14 +97,15 @@ def write_sheet(path: Path, query: Path, hits: Sequence[Hit]) -> None:
 <div class="well">{query_picture}</div>
 <div>
 <p class="kicker">Query image</p>
-<h1>{html.escape(readable(query.name))}</h1>
-<p class="soft path">{html.escape(readable(query.absolute().parent))}</p>
-<p class="soft">{_number(len(hits))}, best first. The score is the cosine of the embeddings: 1 is the same picture.</p>
+<h1>{html.escape(name)}</h1>
+<p class="soft path">{html.escape(folder)}</p>
+<p class="soft">{_number(len(hits))}, best first. The score is the cosine of the embeddings: 1 is the same picture.
+{heat}</p>
 </div>
 </header>
 <main>
 <ol>
-{"".join(_card(rank, hit) for rank, hit in enumerate(hits, 1))}</ol>
+{"".join(cards)}</ol>
 </main>
 <footer>Made by mimco search.</footer>
 </body>
@@ -100,7 +114,7 @@ def write_sheet(path: Path, query: Path, hits: Sequence[Hit]) -> None:
     write_bytes(path, page.encode())
 
 
-def _card(rank: int, hit: Hit) -> str:
+def _card(rank: int, hit: Hit, reason: Reason | None) -> str:
     name = readable(hit.path.name)
     picture = _picture(hit.path, f"Hit {rank}: {name}")
     link = html.escape(hit.path.as_uri(), quote=True)
@@ -108,21 +122,60 @@ def _card(rank: int, hit: Hit) -> str:
     return f"""<li>
 <a href="{link}"><div class="well">{picture}</div></a>
 <div class="about">
-<p class="line"><span class="soft">{rank}</span><span>{hit.score:.3f}</span></p>
+<p class="line"><span class="soft">{rank}</span>{_confidence(hit)}<span>{hit.score:.3f}</span></p>
 <div class="bar"><i style="width:{share}%"></i></div>
-<p class="name"><a href="{link}">{html.escape(name)}</a></p>
+{_pair(reason)}<p class="name"><a href="{link}">{html.escape(name)}</a></p>
 <p class="soft path">{html.escape(readable(hit.path.parent))}</p>
 </div>
 </li>
 """
 
 
-def _picture(path: Path, alt: str) -> str:
+def _confidence(hit: Hit) -> str:
+    if hit.expected_by_chance is None:
+        return ""
+    told = f"about {hit.expected_by_chance:.2g} pictures would score this by chance"
+    return f'<span class="soft" title="{told}">{in_words(hit.confidence)}</span>'
+
+
+def _pair(reason: Reason | None) -> str:
+    if reason is None:
+        return ""
+    sides = (
+        ("query", reason.query, reason.query_heat),
+        ("hit", reason.hit, reason.hit_heat),
+    )
+    shown = "".join(
+        _tag(_heated(pixels, heat), f"Parts of the {name} that are alike in the other") for name, pixels, heat in sides
+    )
+    return f'<div class="pair">{shown}</div><p class="soft path">alike by parts: {reason.score:.3f}</p>\n'
+
+
+def _heated(pixels: npt.NDArray[np.uint8], heat: npt.NDArray[np.float32]) -> Image.Image:
+    """A picture that is dark where the heat is lowest, unless it is nearly as high there."""
+    low, high = float(heat.min()), float(heat.max())
+    share = 1 - (high - heat) / max(high - low, _LEAST_RANGE)
+    mask = Image.fromarray(np.rint(share * 255).astype(np.uint8)).resize(
+        (pixels.shape[1], pixels.shape[0]), Image.Resampling.BICUBIC
+    )
+    dimmed = Image.fromarray((pixels * 0.2).astype(np.uint8))
+    return Image.composite(Image.fromarray(pixels), dimmed, mask)
+
+
+def _picture(source: Path | bytes, alt: str) -> str:
     try:
-        picture = read_image(path)
+        picture = (
+            decode_image(source, "query", THUMBNAIL_PX)
+            if isinstance(source, bytes)
+            else read_image(source, THUMBNAIL_PX)
+        )
     except ImageError as error:
         reason = "no longer there" if error.problem == "missing" else error.problem.replace("_", " ")
         return f'<span role="img" aria-label="{html.escape(alt)}, {reason}">{reason}</span>'
+    return _tag(picture, alt)
+
+
+def _tag(picture: Image.Image, alt: str) -> str:
     picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.LANCZOS)
     encoded = io.BytesIO()
     picture.save(encoded, "JPEG", quality=_JPEG_QUALITY, optimize=True)

@@ -21,6 +21,7 @@ import numpy as np
 
 from mimco_deploy.bundle import sha256_of
 from mimco_deploy.errors import IndexStoreError
+from mimco_deploy.serving.background import keep_background
 from mimco_deploy.serving.catalog import BUDGET, Catalog
 from mimco_deploy.serving.generations import Generation, current_generation, writer_lock
 from mimco_deploy.serving.vectors import read_vectors
@@ -180,6 +181,7 @@ def keep_tuned(
         if on_build is not None:
             on_build()
         tuning = _approximate(generation, now, kind, vectors, dead, budget, anew=anew)
+    keep_background(catalog, vectors, dead)
     if tuning != now:
         with catalog.transaction():
             catalog.set_setting(_SETTING, json.dumps(asdict(tuning)))

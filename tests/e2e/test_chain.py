@@ -67,7 +67,7 @@ def test_search_prints_ranked_lines_on_stdout_and_writes_a_self_contained_sheet(
     done = mimco(chain.home, "search", query, "-k", "4", "--sheet", sheet)
     rows = [line.split() for line in done.out.splitlines()]
     assert [row[0] for row in rows] == ["1", "2", "3", "4"]
-    assert all((chain.home / row[2]).is_file() for row in rows)
+    assert all((chain.home / row[-1]).is_file() for row in rows)
     page = sheet.read_text(encoding="utf-8")
     assert page.count('src="data:image/jpeg;base64,') == 5
     assert not re.findall(r"""<link|<script|@import|src=(?!["']data:)""", page)

@@ -13,7 +13,8 @@ import pytest
 
 from mimco_deploy.errors import IndexStoreError
 from mimco_deploy.serving import generations, update
-from mimco_deploy.serving.index import ImageIndex, search_image
+from mimco_deploy.serving.index import ImageIndex
+from mimco_deploy.serving.query import search_image
 from mimco_deploy.serving.update import update_index
 from tests.helpers import CountingEncoder, gallery
 

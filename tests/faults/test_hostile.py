@@ -11,8 +11,9 @@ import pytest
 
 from mimco_deploy.images import FORMATS, IMAGE_SUFFIXES, MAX_PIXELS, MAX_SIDE_PX
 from mimco_deploy.serving.guarded import DecodePool, Limits
-from mimco_deploy.serving.index import ImageIndex, search_image
+from mimco_deploy.serving.index import ImageIndex
 from mimco_deploy.serving.inspect import verify
+from mimco_deploy.serving.query import search_image
 from mimco_deploy.serving.update import update_index
 from tests.helpers import CountingEncoder, gallery
 

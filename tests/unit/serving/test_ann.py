@@ -84,3 +84,18 @@ def test_nothing_live_gives_nothing() -> None:
     assert scores.shape == rows.shape == (2, 0)
     scores, rows = search_exact(vectors[:0], None, vectors[:2], 3)
     assert scores.shape == rows.shape == (2, 0)
+
+
+@given(seed=st.integers(0, 10_000), count=st.integers(1, 300), k=st.integers(1, 40), allowed=st.floats(0, 1))
+def test_a_search_within_some_rows_is_that_of_sorting_their_scores(
+    seed: int, count: int, k: int, allowed: float
+) -> None:
+    rng = np.random.default_rng(seed)
+    vectors, queries = (np.asarray(rng.integers(-1, 2, (rows, 3)) / 2, np.float32) for rows in (count, 2))
+    chosen = np.flatnonzero(rng.random(count) < allowed)
+    whole = Searcher(vectors)
+    scores, rows = whole.within(chosen).search(queries, k)
+    mask = np.isin(np.arange(count), chosen)
+    for query, found_scores, found_rows in zip(queries, scores, rows, strict=True):
+        assert list(zip(found_scores.tolist(), found_rows.tolist(), strict=True)) == oracle(vectors, mask, query, k)
+    assert whole.search(queries, k)[1].shape == (2, min(k, count))

@@ -11,7 +11,8 @@ SEARCH = """
 import sys
 from pathlib import Path
 from mimco_deploy.serving.encoders import load_encoder
-from mimco_deploy.serving.index import ImageIndex, search_image
+from mimco_deploy.serving.index import ImageIndex
+from mimco_deploy.serving.query import search_image
 from mimco_deploy.serving.sheet import write_sheet
 folder = Path(sys.argv[1])
 encoder = load_encoder(folder / "encoder")

@@ -15,7 +15,8 @@ from mimco_deploy.images import MAX_BYTES
 from mimco_deploy.serving import update
 from mimco_deploy.serving.encoders import load_encoder
 from mimco_deploy.serving.guarded import NEVER_OPENED, DecodePool, RefusedError
-from mimco_deploy.serving.index import Hit, ImageIndex, search_image
+from mimco_deploy.serving.index import Hit, ImageIndex
+from mimco_deploy.serving.query import search_image
 from mimco_deploy.serving.roots import forget_root
 from mimco_deploy.serving.scan import Scan, scan_root
 from mimco_deploy.serving.update import Progress, UpdateReport, update_index

@@ -8,7 +8,8 @@ from pathlib import Path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mimco_deploy.serving.index import ImageIndex, search_image
+from mimco_deploy.serving.index import ImageIndex
+from mimco_deploy.serving.query import search_image
 from mimco_deploy.serving.update import update_index
 from tests.helpers import CountingEncoder, save
 

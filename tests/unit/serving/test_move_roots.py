@@ -9,7 +9,8 @@ import pytest
 from mimco_deploy.errors import IndexStoreError
 from mimco_deploy.serving.generations import writer_lock
 from mimco_deploy.serving.guarded import DecodePool
-from mimco_deploy.serving.index import ImageIndex, search_image
+from mimco_deploy.serving.index import ImageIndex
+from mimco_deploy.serving.query import search_image
 from mimco_deploy.serving.roots import move_roots
 from mimco_deploy.serving.update import UpdateReport, update_index
 from tests.helpers import CountingEncoder, gallery, save

@@ -16,7 +16,8 @@ import pytest
 from mimco_deploy.errors import EncoderMismatchError, IndexStoreError
 from mimco_deploy.serving import update
 from mimco_deploy.serving.generations import begin_generation, current_generation, switch_to, writer_lock
-from mimco_deploy.serving.index import ImageIndex, search_image
+from mimco_deploy.serving.index import ImageIndex
+from mimco_deploy.serving.query import search_image
 from mimco_deploy.serving.update import Progress, UpdateReport, update_index
 from tests.helpers import CountingEncoder, Embeddings, Images, gallery, noise, save
 

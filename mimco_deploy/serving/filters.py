@@ -1,0 +1,276 @@
+"""Which pictures may be hits: conditions on what the catalogue and a side table know, in the words of SQL.
+
+A condition is one boolean expression of SQLite over the columns of `COLUMNS` and those of a side table:
+
+    taken >= '2024-05' and camera like 'canon%'
+    folder glob '*/holidays/*' and width_px >= 2000
+    label in ('cat', 'dog')
+
+The shell, Python and HTTP take the same text. It comes from outside, so SQLite is told what it may do: read these
+columns and call functions that only compute, for a bounded number of steps.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mimco_deploy.errors import ConfigError
+from mimco_deploy.serving.interchange import import_pyarrow
+from mimco_deploy.serving.scan import readable
+
+COLUMNS = {
+    "path": "absolute",
+    "folder": "the path without the name",
+    "name": "of the file",
+    "suffix": "lower-case, with its dot",
+    "root": "the indexed folder",
+    "bytes": "of the file",
+    "modified": "date of the file, UTC, such as 2024-05-31T18:30:00",
+    "taken": "by the camera's clock, in the same form; null where the file does not say",
+    "date": "taken, else modified",
+    "width_px": "of the upright picture",
+    "height_px": "of the upright picture",
+    "orientation": "landscape, portrait or square",
+    "camera": "make and model; null where the file does not say",
+}
+"""What a condition can name."""
+_FILES = "mimco_files"
+# The parts of a path by functions of Python: what SQLite can do with `rtrim` and `replace` took twice as long.
+_VIEW = f"""
+CREATE TEMP VIEW IF NOT EXISTS {_FILES} AS SELECT
+    roots.path AS root_bytes, files.path AS path_bytes, files.row AS row,
+    CAST(roots.path AS TEXT) || '/' || CAST(files.path AS TEXT) AS path,
+    mimco_folder(CAST(roots.path AS TEXT) || '/' || CAST(files.path AS TEXT)) AS folder,
+    mimco_name(CAST(files.path AS TEXT)) AS name,
+    mimco_suffix(CAST(files.path AS TEXT)) AS suffix,
+    CAST(roots.path AS TEXT) AS root,
+    files.size AS bytes,
+    strftime('%Y-%m-%dT%H:%M:%S', files.mtime_ns / 1000000000, 'unixepoch') AS modified,
+    contents.taken AS taken,
+    coalesce(contents.taken, strftime('%Y-%m-%dT%H:%M:%S', files.mtime_ns / 1000000000, 'unixepoch')) AS date,
+    contents.width_px AS width_px, contents.height_px AS height_px,
+    CASE WHEN contents.width_px > contents.height_px THEN 'landscape'
+         WHEN contents.width_px < contents.height_px THEN 'portrait'
+         WHEN contents.width_px IS NOT NULL THEN 'square' END AS orientation,
+    contents.camera AS camera, contents.sha256 AS sha256
+FROM main.files LEFT JOIN main.roots ON roots.id = files.root_id LEFT JOIN main.contents ON contents.row = files.row
+"""
+_LIMIT_S = 20.0
+_STEPS_BETWEEN_LOOKS = 100_000
+_MAX_LENGTH = 4096
+_SAFE_FUNCTIONS = frozenset(
+    {"abs", "coalesce", "ifnull", "iif", "instr", "length", "like", "glob", "lower", "upper", "max", "min", "nullif"}
+    | {
+        "hex",
+        "round",
+        "substr",
+        "substring",
+        "trim",
+        "ltrim",
+        "rtrim",
+        "replace",
+        "date",
+        "datetime",
+        "julianday",
+        "strftime",
+    }
+    | {"time", "unicode", "typeof", "sign", "mimco_folder", "mimco_name", "mimco_suffix"}
+)
+_SAFE_ACTIONS = frozenset({sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ})
+_SIDE = "mimco_side"
+_MAX_COLUMNS = 200
+_KEYS = {
+    "path": "side_key = path OR side_key = substr(path, length(root) + 2)",
+    "name": "side_key = name",
+    "sha256": "side_key = lower(hex(sha256))",
+}
+"""How the rows of a side table find their files."""
+
+
+@dataclass(frozen=True)
+class Filter:
+    """Which files may be hits."""
+
+    where: str = ""
+    """A condition, see the module; empty for none."""
+    root: Path | None = None
+    """Only files in this folder or below."""
+    table: Path | None = None
+    """CSV or Parquet whose columns the condition may name; one that is called as one of `COLUMNS` is `side_` and that.
+    Its rows belong to files by a column `path` (absolute, or relative to the indexed folder), else `name`, else
+    `sha256` (hexadecimal, lower case)."""
+
+    def __bool__(self) -> bool:
+        return bool(self.where or self.root)
+
+
+class FilteredFiles:
+    """Runs conditions over one open catalogue.
+
+    Args:
+        connection: of the catalogue; gets temporary views and tables, nothing of it is written.
+    """
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._db = connection
+        self._table: tuple[Path, int] | None = None
+        self._key = ""
+        self._side_columns: list[str] = []
+        for name, function in (("mimco_folder", _folder), ("mimco_name", _name), ("mimco_suffix", _suffix)):
+            connection.create_function(name, 1, function, deterministic=True)
+        connection.execute(_VIEW)
+
+    def rows(self, condition: Filter) -> list[int]:
+        """Rows of the vector store with at least one file for which the condition holds.
+
+        Raises:
+            ConfigError: it is no condition, names what is not there, or takes too long.
+        """
+        return [row for (row,) in self._select("SELECT DISTINCT row", condition, "")]
+
+    def files(self, condition: Filter, rows: Sequence[int]) -> set[tuple[int, Path]]:
+        """Row and absolute path of the files of some rows for which the condition holds."""
+        numbers = ", ".join(str(int(row)) for row in rows)
+        found = self._select("SELECT row, root_bytes, path_bytes", condition, f" AND row IN ({numbers})")
+        return {(row, Path(os.fsdecode(root)) / os.fsdecode(path)) for row, root, path in found}
+
+    def prepare(self, condition: Filter) -> None:
+        """Load the side table of a condition. Outside of any transaction, which would take it back.
+
+        Raises:
+            ConfigError: it cannot be read.
+        """
+        if condition.table is not None:
+            self._join(condition.table)
+
+    def _select(self, what: str, condition: Filter, more: str) -> list[Any]:
+        if len(condition.where) > _MAX_LENGTH:
+            raise ConfigError(f"a condition of {len(condition.where)} letters", expected=f"at most {_MAX_LENGTH}")
+        join = "" if condition.table is None else f" LEFT JOIN temp.{_SIDE} ON {_KEYS[self._key]}"
+        tests = [f"({condition.where or 'true'}\n)"]  # a comment at its end must not hide the bracket
+        values: dict[str, object] = {}
+        if condition.root is not None:
+            folder = f"{readable(condition.root.absolute()).rstrip('/')}/"
+            tests.append("substr(path, 1, :length) = :folder")
+            values = {"folder": folder, "length": len(folder)}
+        source = f"temp.{_FILES}{join}"
+        text = f"{what} FROM {source} WHERE {' AND '.join(tests)}{more}"
+        stop_at = time.monotonic() + _LIMIT_S
+        self._db.set_authorizer(_allowed)
+        self._db.set_progress_handler(lambda: time.monotonic() > stop_at, _STEPS_BETWEEN_LOOKS)
+        try:
+            # What is whole between brackets and also without any cannot reach out of either.
+            self._db.execute(f"EXPLAIN SELECT CASE WHEN {condition.where or 'true'}\n THEN 1 END FROM {source}")
+            return self._db.execute(text, values).fetchall()
+        except (sqlite3.Error, sqlite3.Warning) as error:
+            raise self._refused(condition, error) from error
+        finally:
+            self._db.set_progress_handler(None, 0)
+            self._db.set_authorizer(None)
+
+    def _refused(self, condition: Filter, error: Exception) -> ConfigError:
+        text = f"takes more than {_LIMIT_S:g} s" if str(error) == "interrupted" else str(error)
+        names = [*COLUMNS, *self._side_columns]
+        return ConfigError(
+            f"the condition {condition.where!r} cannot be used ({text})",
+            expected=f"an expression of SQL over {', '.join(names)}",
+        )
+
+    # ------------------------------------------------------------------ the side table
+
+    def _join(self, table: Path) -> None:
+        try:
+            stamp = table.stat().st_mtime_ns
+            if self._table != (table, stamp):
+                self._table = None
+                self._key = self._load(*_read(table), table)
+                self._table = (table, stamp)
+        except (OSError, ValueError, sqlite3.Error, csv.Error) as error:
+            raise ConfigError(f"{readable(table)} cannot be read ({error})", expected="CSV or Parquet") from error
+
+    def _load(self, names: list[str], rows: Iterable[Sequence[object]], table: Path) -> str:
+        """Copy the table into a temporary one; returns what its key is."""
+        key = next((wanted for wanted in _KEYS if wanted in names), None)
+        if key is None:
+            raise ConfigError(
+                f"{readable(table)} has the columns {', '.join(names)}", expected=f"one of {', '.join(_KEYS)}"
+            )
+        if len(set(names)) < len(names) or len(names) > _MAX_COLUMNS:
+            raise ValueError(f"{len(names)} columns, some of one name or too many")
+        renamed = ["side_key" if name == key else f"side_{name}" if name in COLUMNS else name for name in names]
+        self._side_columns = [name for name in renamed if name != "side_key"]
+        # NUMERIC: what looks like a number is one, also in CSV.
+        columns = ", ".join(f"{_quoted(name)} {'TEXT' if name == 'side_key' else 'NUMERIC'}" for name in renamed)
+        places = ", ".join("?" * len(names))
+        self._db.execute(f"DROP TABLE IF EXISTS temp.{_SIDE}")
+        self._db.execute(f"CREATE TEMP TABLE {_SIDE} ({columns})")
+        self._db.executemany(f"INSERT INTO temp.{_SIDE} VALUES ({places})", rows)
+        self._db.execute(f"CREATE INDEX temp.{_SIDE}_by_key ON {_SIDE} (side_key)")
+        return key
+
+
+def _allowed(action: int, first: str | None, second: str | None, database: str | None, source: str | None) -> int:
+    del first, database, source
+    if action in _SAFE_ACTIONS or (action == sqlite3.SQLITE_FUNCTION and second in _SAFE_FUNCTIONS):
+        return sqlite3.SQLITE_OK
+    return sqlite3.SQLITE_DENY
+
+
+def _read(table: Path) -> tuple[list[str], Iterator[Sequence[object]]]:
+    """Names and rows of a table."""
+    if table.suffix.lower() == ".parquet":
+        return _read_parquet(table)
+    rows = _csv_rows(table)
+    return next(rows, []), rows
+
+
+def _csv_rows(table: Path) -> Iterator[list[str]]:
+    with table.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        width = 0
+        for row in csv.reader(file):
+            width = width or len(row)
+            if len(row) != width:
+                raise ValueError(f"a row of {len(row)} fields where the first has {width}")
+            yield [readable(field) for field in row]
+
+
+def _read_parquet(table: Path) -> tuple[list[str], Iterator[Sequence[object]]]:
+    pyarrow = import_pyarrow()
+    file = pyarrow.parquet.ParquetFile(table)
+    names = [one.name for one in file.schema_arrow if not pyarrow.types.is_nested(one.type)]
+
+    def rows() -> Iterator[Sequence[object]]:
+        with file:
+            for batch in file.iter_batches(columns=names):
+                for row in batch.to_pylist():
+                    yield [_plain(row[name]) for name in names]
+
+    return names, rows()
+
+
+def _plain(value: object) -> object:
+    return value if isinstance(value, int | float | str | bytes | None) else str(value)
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+def _folder(path: str) -> str:
+    return path.rpartition("/")[0]
+
+
+def _name(path: str) -> str:
+    return path.rpartition("/")[2]
+
+
+def _suffix(path: str) -> str:
+    name = _name(path)
+    return name[name.rfind(".") :].lower() if "." in name[1:] else ""

@@ -1,0 +1,161 @@
+"""What is searched with: a picture or a part of one, or several of them with weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from mimco_deploy.bundle import EncoderSpec
+from mimco_deploy.errors import ConfigError, ImageError
+from mimco_deploy.images import decode_image, read_image
+from mimco_deploy.preprocess import decode_pixels, preprocess, read_pixels
+from mimco_deploy.serving.encoders import Encoder
+from mimco_deploy.serving.filters import Filter
+from mimco_deploy.serving.generations import check_encoder
+from mimco_deploy.serving.index import Hit, ImageIndex
+from mimco_deploy.stopwatch import Stopwatch
+
+_RERANKED = 3
+"""Times k hits are ordered by their parts."""
+Crop = tuple[float, float, float, float]
+"""Left, top, width and height in pixels of the upright picture; or, where none is above 1, as shares of its sides."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One picture of a query."""
+
+    picture: Path | bytes
+    """A file, or the content of one. A file that is gone but indexed is taken from the index."""
+    weight: float = 1.0
+    """Below 0: unlike this."""
+    crop: Crop | None = None
+
+
+def query_pixels(part: Part, spec: EncoderSpec) -> npt.NDArray[np.uint8]:
+    """Decode one picture of a query as the encoder takes it.
+
+    Returns:
+        uint8 [H, W, 3].
+
+    Raises:
+        ImageError: it is no picture.
+        ConfigError: the crop lies outside of it.
+    """
+    geometry = (spec.image_size_px, spec.crop_share, spec.interpolation)
+    if part.crop is None:
+        if isinstance(part.picture, bytes):
+            return decode_pixels(part.picture, "query", *geometry)
+        return read_pixels(part.picture, *geometry)
+    picture = decode_image(part.picture, "query") if isinstance(part.picture, bytes) else read_image(part.picture)
+    return preprocess(picture.crop(_box(part.crop, *picture.size)), *geometry)
+
+
+def query_embedding(
+    index: ImageIndex, encoder: Encoder, parts: Sequence[Part], watch: Stopwatch | None = None
+) -> npt.NDArray[np.float32]:
+    """Embed a query: the weighted sum of its pictures, of length 1.
+
+    Args:
+        index: where files that are gone are looked up.
+        encoder: the one that made the index.
+        parts: at least one.
+        watch: told when the pictures are decoded and embedded.
+
+    Returns:
+        [D].
+
+    Raises:
+        ImageError: one of them is no picture.
+        ConfigError: a crop is wrong, or the weights cancel each other.
+        EncoderMismatchError: another encoder made the index.
+    """
+    check_encoder(index.path, index.fingerprint, encoder.spec.fingerprint)
+    watch = watch or Stopwatch()
+    embeddings: dict[int, npt.NDArray[np.float32]] = {}
+    pixels: dict[int, npt.NDArray[np.uint8]] = {}
+    for number, part in enumerate(parts):
+        try:
+            pixels[number] = query_pixels(part, encoder.spec)
+        except ImageError as error:
+            stored = None
+            if error.problem == "missing" and part.crop is None and isinstance(part.picture, Path):
+                stored = index.embedding_of(part.picture)
+            if stored is None:
+                raise
+            embeddings[number] = stored
+    watch.lap("decode")
+    if pixels:
+        embeddings |= zip(pixels, encoder.embed(np.stack(list(pixels.values()))), strict=True)
+    watch.lap("embed")
+    total = np.sum([part.weight * embeddings[number] for number, part in enumerate(parts)], axis=0)
+    length = float(np.linalg.norm(total))
+    if length < 1e-6:
+        raise ConfigError("the pictures of the query cancel each other", expected="other weights")
+    return np.asarray(total / length, np.float32)
+
+
+def search_image(
+    index: ImageIndex,
+    encoder: Encoder,
+    query: Path | Sequence[Part],
+    k: int,
+    condition: Filter | None = None,
+    *,
+    min_score: float = -1.0,
+    rerank: bool = False,
+    watch: Stopwatch | None = None,
+) -> list[Hit]:
+    """Find the files that look most like a picture, which need not be indexed, or like several.
+
+    Args:
+        index: where to look.
+        encoder: the one that made the index.
+        query: the query image, or its parts.
+        k: at least 1.
+        condition: which files may be hits.
+        min_score: least score of a hit.
+        rerank: order the best hits by how alike their parts are to those of the first picture (`why.py`). The scores
+            stay those of the whole pictures.
+        watch: told when the query is decoded, embedded and searched for.
+
+    Returns:
+        Up to k hits, best first. An indexed query image finds itself, with a score of 1 but for rounding.
+
+    Raises:
+        ImageError: the query is not a picture.
+        EncoderMismatchError: another encoder made the index.
+        IndexStoreError: the index is empty or broken.
+        ConfigError: the condition or a crop cannot be used.
+        BundleError: `rerank`, and the encoder gives no patch tokens.
+    """
+    watch = watch or Stopwatch()
+    parts = [Part(query)] if isinstance(query, Path) else query
+    embedding = query_embedding(index, encoder, parts, watch)
+    hits = index.search(embedding, _RERANKED * k if rerank else k, condition, min_score=min_score)
+    watch.lap("search")
+    if rerank:
+        from mimco_deploy.serving.why import explain
+
+        reasons = explain(encoder, parts[0], [hit.path for hit in hits])
+        alike = [-2.0 if reason is None else reason.score for reason in reasons]
+        hits = [hits[number] for number in sorted(range(len(hits)), key=lambda number: -alike[number])][:k]
+        watch.lap("rerank")
+    return hits
+
+
+def _box(crop: Crop, width: int, height: int) -> tuple[int, int, int, int]:
+    if max(crop) <= 1:
+        crop = (crop[0] * width, crop[1] * height, crop[2] * width, crop[3] * height)
+    left, top = max(0, round(crop[0])), max(0, round(crop[1]))
+    right, bottom = min(width, round(crop[0] + crop[2])), min(height, round(crop[1] + crop[3]))
+    if left >= right or top >= bottom:
+        raise ConfigError(
+            f"the crop {', '.join(f'{number:g}' for number in crop)} holds nothing of {width} × {height} pixels",
+            expected="left, top, width, height",
+        )
+    return left, top, right, bottom
