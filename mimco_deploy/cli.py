@@ -14,6 +14,7 @@ from mimco_deploy.commands.export import export
 from mimco_deploy.commands.index import index
 from mimco_deploy.commands.map import map_
 from mimco_deploy.commands.search import search
+from mimco_deploy.commands.serve import serve, watch
 from mimco_deploy.commands.train import train
 from mimco_deploy.workspace import find_workspace
 
@@ -32,6 +33,7 @@ def main(ctx: click.Context, workspace: Path | None, verbose: bool) -> None:
     mimco export --format onnx            the student as a bundle that proves itself
     mimco index ./photos                  an index over folders
     mimco search query.jpg                the pictures most like this one
+    mimco serve                           the same over HTTP, and in a page
     """
     set_up_logging(verbose, silent=not IS_MAIN_PROCESS)
     ctx.obj = find_workspace(workspace)
@@ -46,3 +48,5 @@ main.add_command(search)
 main.add_command(dupes)
 main.add_command(leaks)
 main.add_command(map_)
+main.add_command(serve)
+main.add_command(watch)

@@ -18,7 +18,8 @@ and exits with 1; anything that is not a `MimcoError` is a defect of mimco and k
     ├── ProviderError          a device or runtime that was asked for and does not run
     ├── IndexStoreError        an index that is missing, broken or held by another writer
     ├── EncoderMismatchError   an index made by another encoder
-    └── MoveError              pictures that cannot be moved out of the way, or back
+    ├── MoveError              pictures that cannot be moved out of the way, or back
+    └── ServiceError           `mimco serve` refused or does not answer (serving/client.py)
 """
 
 from __future__ import annotations

@@ -70,6 +70,7 @@ _STARTS = {  # of the formats above: a file that begins so and cannot be identif
     "AVIF": rb".{4}ftypavi[fs]",
 }
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND", "GIF": b";"}  # one of these that fails and has no end was cut off
+_PLAIN = (b"P1", b"P2", b"P3")
 _FOREIGN = {  # what lies in photo folders under a picture's name
     "HEIC, which has to be converted to JPEG first": rb".{4}ftyp(hei|hev|mif1|msf1)",
     "a Git LFS pointer, not the file it stands for": rb"version https://git-lfs",
@@ -138,6 +139,8 @@ def decode_image(content: bytes, name: str = "picture", short_side_px: int | Non
     """
     shown = _shown(name)
     _check_bytes(len(content), shown)
+    if content[:2] in _PLAIN:  # Pillow takes time that grows with the square of the comments in it
+        raise ImageError("unsupported", f"{shown} is a PNM in plain text")
     _hush_pillow()
     try:
         return _upright_rgb(content, shown, short_side_px)

@@ -21,6 +21,8 @@ from mimco_deploy.images import decode_image, read_image
 
 Interpolation = Literal["bicubic", "bilinear"]
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+Crop = tuple[float, float, float, float]
+"""Left, top, width and height in pixels of the upright picture; or, where none is above 1, as shares of its sides."""
 MAX_ASPECT = 32
 """Longer pictures lose their ends before the resize. The centre crop would cut them off anyway; but a picture of
 4000 × 1 px would first become 1,024,000 px wide. Up to this ratio the result is that of torchvision."""
@@ -58,23 +60,69 @@ def preprocess(
 
 
 def decode_pixels(
-    content: bytes, name: str, image_size_px: int, crop_share: float, interpolation: Interpolation
+    content: bytes,
+    name: str,
+    image_size_px: int,
+    crop_share: float,
+    interpolation: Interpolation,
+    crop: Crop | None = None,
 ) -> npt.NDArray[np.uint8]:
-    """An encoded picture as the pixels that an encoder takes: `decode_image`, then `preprocess`.
+    """An encoded picture, or a part of it, as the pixels that an encoder takes: `decode_image`, then `preprocess`.
 
     Every picture that is indexed or searched with comes through here or `read_pixels`, so that large JPEGs are reduced
-    by the decoder alike on both sides.
+    by the decoder alike on both sides. Parts are cut from the whole picture.
+
+    Raises:
+        ImageError: it is no picture.
+        ConfigError: the crop lies outside of it.
     """
-    picture = decode_image(content, name, _short_side(image_size_px, crop_share))
-    return preprocess(picture, image_size_px, crop_share, interpolation)
+    picture = decode_image(content, name, None if crop else _short_side(image_size_px, crop_share))
+    return preprocess(cut(picture, crop), image_size_px, crop_share, interpolation)
 
 
 def read_pixels(
-    path: Path, image_size_px: int, crop_share: float, interpolation: Interpolation
+    path: Path, image_size_px: int, crop_share: float, interpolation: Interpolation, crop: Crop | None = None
 ) -> npt.NDArray[np.uint8]:
-    """A picture on the disk as `decode_pixels` gives it."""
-    picture = read_image(path, _short_side(image_size_px, crop_share))
-    return preprocess(picture, image_size_px, crop_share, interpolation)
+    """A picture on the disk, or a part of it, as `decode_pixels` gives it."""
+    picture = read_image(path, None if crop else _short_side(image_size_px, crop_share))
+    return preprocess(cut(picture, crop), image_size_px, crop_share, interpolation)
+
+
+def cut(picture: Image.Image, crop: Crop | None) -> Image.Image:
+    """The part of an upright picture inside a crop; the whole where None.
+
+    Raises:
+        ConfigError: the crop holds no pixel of it.
+    """
+    if crop is None:
+        return picture
+    width, height = picture.size
+    box = crop
+    if max(crop) <= 1:
+        box = (crop[0] * width, crop[1] * height, crop[2] * width, crop[3] * height)
+    left, top = max(0, round(box[0])), max(0, round(box[1]))
+    right, bottom = min(width, round(box[0] + box[2])), min(height, round(box[1] + box[3]))
+    if left >= right or top >= bottom:
+        raise ConfigError(
+            f"the crop {', '.join(f'{number:g}' for number in crop)} holds nothing of {width} × {height} pixels",
+            expected="left, top, width, height",
+        )
+    return picture.crop((left, top, right, bottom))
+
+
+def seen_box(width: int, height: int, crop_share: float, crop: Crop | None = None) -> Crop:
+    """The part of a picture that `preprocess` lets an encoder see, as shares of its sides; to a pixel or so.
+
+    Args:
+        width: of the upright picture in pixels.
+        height: the same.
+        crop_share: of the encoder.
+        crop: as shares; what was cut out before.
+    """
+    left, top, wide, high = crop or (0.0, 0.0, 1.0, 1.0)
+    side = crop_share * min(wide * width, high * height)
+    seen = (side / width, side / height)
+    return left + (wide - seen[0]) / 2, top + (high - seen[1]) / 2, seen[0], seen[1]
 
 
 def _short_side(image_size_px: int, crop_share: float) -> int:

@@ -334,6 +334,17 @@ class Catalog:
         ):
             yield Listed(os.fsdecode(root), os.fsdecode(path), Stamp(size, mtime_ns), row, sha256, Facts(*facts))
 
+    def files_with(self, sha256: bytes) -> list[Listed]:
+        """The files of one content, by root and path; none where the index does not hold it."""
+        return [
+            Listed(os.fsdecode(root), os.fsdecode(path), Stamp(size, mtime_ns), row, sha256, Facts(*facts))
+            for root, path, size, mtime_ns, row, _, _, *facts in self._db.execute(
+                f"SELECT roots.path, files.path, size, mtime_ns, row, {_CONTENT} FROM contents JOIN files USING (row)"
+                " JOIN roots ON roots.id = root_id WHERE sha256 = ? ORDER BY roots.path, files.path",
+                (sha256,),
+            )
+        ]
+
     def problems(self) -> list[Problem]:
         """Every file that could not be indexed, sorted by path."""
         rows = self._db.execute(

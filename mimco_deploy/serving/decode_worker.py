@@ -4,10 +4,12 @@ It ends itself: a timer of the system kills it where a file takes too long, and 
 beyond a bound. `guarded.py` starts it, and starts another when it is gone. Both sides write frames, a length of four
 bytes and that many bytes:
 
-    asked     flag, path          flag 1: the content may be known, so say its hash before decoding
-    hash      b"H" stamp sha256   answered by b"1", decode it, or b"0", do not
+    asked     REQUEST, path       or, with the flag CONTENT, the content itself
+    hash      b"H" stamp sha256   with the flag HASH; answered by b"1", decode it, or b"0", do not
     pixels    b"P" stamp sha256 length-of-facts facts pixels     facts: JSON of `images.Facts`
     refused   b"R" stamp problem NUL words
+    small     b"T" stamp JPEG     where a side for thumbnails was asked for
+    bad crop  b"C" words
     vanished  b"V"
 
 The stamp is size and mtime_ns. It is taken from the open file before its bytes are read, so a file that is written to
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import resource
@@ -27,13 +30,22 @@ import sys
 from dataclasses import asdict
 from typing import IO, cast
 
-from mimco_deploy.errors import ImageError
-from mimco_deploy.images import MAX_BYTES, read_facts
-from mimco_deploy.preprocess import Interpolation, decode_pixels
+from PIL import Image
 
+from mimco_deploy.errors import ConfigError, ImageError
+from mimco_deploy.images import MAX_BYTES, decode_image, read_facts
+from mimco_deploy.preprocess import Crop, Interpolation, decode_pixels
+from mimco_deploy.serving.scan import stamp_of
+
+REQUEST = struct.Struct("<BI4d")
+"""Flags; longest side of a thumbnail, or 0 for pixels; crop, of width 0 for none."""
+HASH, CONTENT = 1, 2
 STAMP = struct.Struct("<qq")
 LENGTH = struct.Struct("<I")
 READY = b"ready"
+_NO_STAMP = STAMP.pack(-1, -1)
+"""No file has it."""
+_JPEG_QUALITY = 82
 
 
 def write_frame(file: IO[bytes], *parts: bytes | memoryview) -> None:
@@ -90,31 +102,61 @@ def main(image_size_px: int, crop_share: float, interpolation: Interpolation, li
 
 
 def _serve(request: bytes, asked: IO[bytes], answers: IO[bytes], geometry: tuple[int, float, Interpolation]) -> None:
-    path = os.fsdecode(request[1:])
-    stamp = STAMP.pack(-1, -1)  # no file has it
+    stamp = _NO_STAMP
+    name = "picture" if request[0] & CONTENT else os.fsdecode(request[REQUEST.size :])
     try:
-        with open(path, "rb") as file:  # noqa: PTH123  # a Path would be made for nothing
-            status = os.fstat(file.fileno())
-            stamp = STAMP.pack(status.st_size, status.st_mtime_ns)
-            if status.st_size > MAX_BYTES:
-                raise ImageError("too_large", f"{path} has {status.st_size:,} bytes, more than {MAX_BYTES:,}")
-            content = file.read(status.st_size + 1)  # bounded also where it grows
-        sha256 = hashlib.sha256(content).digest()
-        if request[0]:
-            write_frame(answers, b"H", stamp, sha256)
-            if read_frame(asked) == b"0":
-                return
-        pixels = decode_pixels(content, path, *geometry)
-        facts = json.dumps(asdict(read_facts(content))).encode()
-        write_frame(answers, b"P", stamp, sha256, LENGTH.pack(len(facts)), facts, pixels.data.cast("B"))
+        if request[0] & CONTENT:
+            content = request[REQUEST.size :]
+        else:
+            with open(name, "rb") as file:  # noqa: PTH123  # a Path would be made for nothing
+                status = os.fstat(file.fileno())
+                stamp = STAMP.pack(*stamp_of(status))
+                if status.st_size > MAX_BYTES:
+                    raise ImageError("too_large", f"{name} has {status.st_size:,} bytes, more than {MAX_BYTES:,}")
+                content = file.read(status.st_size + 1)  # bounded also where it grows
+        _answer(request, content, name, stamp, asked, answers, geometry)
     except ImageError as error:
         _refuse(answers, stamp, error.problem, error.found)
+    except ConfigError as error:
+        write_frame(answers, b"C", str(error).encode())
     except (FileNotFoundError, NotADirectoryError):
         write_frame(answers, b"V")
     except MemoryError:
-        _refuse(answers, stamp, "too_large", f"{path} needs more memory than a file may take")
+        _refuse(answers, stamp, "too_large", f"{name} needs more memory than a file may take")
     except OSError as error:
-        _refuse(answers, stamp, "unreadable", f"{path} cannot be read ({error.strerror})")
+        _refuse(answers, stamp, "unreadable", f"{name} cannot be read ({error.strerror})")
+
+
+def _answer(
+    request: bytes,
+    content: bytes,
+    name: str,
+    stamp: bytes,
+    asked: IO[bytes],
+    answers: IO[bytes],
+    geometry: tuple[int, float, Interpolation],
+) -> None:
+    flags, thumbnail_px, *box = REQUEST.unpack_from(request)
+    if thumbnail_px:
+        write_frame(answers, b"T", stamp, _thumbnail(content, name, thumbnail_px))
+        return
+    sha256 = hashlib.sha256(content).digest()
+    if flags & HASH:
+        write_frame(answers, b"H", stamp, sha256)
+        if read_frame(asked) == b"0":
+            return
+    crop: Crop | None = (box[0], box[1], box[2], box[3]) if box[2] else None
+    pixels = decode_pixels(content, name, *geometry, crop)
+    facts = json.dumps(asdict(read_facts(content))).encode()
+    write_frame(answers, b"P", stamp, sha256, LENGTH.pack(len(facts)), facts, pixels.data.cast("B"))
+
+
+def _thumbnail(content: bytes, name: str, side_px: int) -> bytes:
+    picture = decode_image(content, name, side_px)
+    picture.thumbnail((side_px, side_px), Image.Resampling.LANCZOS)
+    encoded = io.BytesIO()
+    picture.save(encoded, "JPEG", quality=_JPEG_QUALITY)
+    return encoded.getvalue()
 
 
 def _refuse(answers: IO[bytes], stamp: bytes, problem: str, found: str) -> None:

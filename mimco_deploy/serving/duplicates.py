@@ -20,7 +20,7 @@ from mimco_deploy.errors import IndexStoreError
 from mimco_deploy.serving.catalog import Listed
 from mimco_deploy.serving.gallery import read_gallery
 from mimco_deploy.serving.pairs import Rows, Vectors, groups_above, nearest_above, scores_of
-from mimco_deploy.serving.scan import Stamp, readable
+from mimco_deploy.serving.scan import Stamp, readable, stamp_of
 
 logger = logging.getLogger(__name__)
 
@@ -185,7 +185,7 @@ def is_as_listed(path: Path, stamp: Stamp) -> os.stat_result | None:
         status = path.stat()
     except (OSError, ValueError):
         return None
-    return status if (status.st_size, status.st_mtime_ns) == stamp else None
+    return status if stamp_of(status) == stamp else None
 
 
 def _path(file: Listed) -> Path:

@@ -22,8 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from mimco_deploy.errors import ConfigError
+from mimco_deploy.images import Facts
+from mimco_deploy.serving.catalog import Listed
 from mimco_deploy.serving.interchange import import_pyarrow
-from mimco_deploy.serving.scan import readable
+from mimco_deploy.serving.scan import Stamp, readable
 
 COLUMNS = {
     "path": "absolute",
@@ -51,7 +53,7 @@ CREATE TEMP VIEW IF NOT EXISTS {_FILES} AS SELECT
     mimco_name(CAST(files.path AS TEXT)) AS name,
     mimco_suffix(CAST(files.path AS TEXT)) AS suffix,
     CAST(roots.path AS TEXT) AS root,
-    files.size AS bytes,
+    files.size AS bytes, files.mtime_ns AS mtime_ns,
     strftime('%Y-%m-%dT%H:%M:%S', files.mtime_ns / 1000000000, 'unixepoch') AS modified,
     contents.taken AS taken,
     coalesce(contents.taken, strftime('%Y-%m-%dT%H:%M:%S', files.mtime_ns / 1000000000, 'unixepoch')) AS date,
@@ -62,8 +64,11 @@ CREATE TEMP VIEW IF NOT EXISTS {_FILES} AS SELECT
     contents.camera AS camera, contents.sha256 AS sha256
 FROM main.files LEFT JOIN main.roots ON roots.id = files.root_id LEFT JOIN main.contents ON contents.row = files.row
 """
-_LIMIT_S = 20.0
-_STEPS_BETWEEN_LOOKS = 100_000
+LIMIT_S = 20.0
+"""For one condition."""
+_STEPS_BETWEEN_LOOKS = 1000
+_MAX_VALUE = 16_384
+"""Letters of anything that a condition computes: one step of SQLite cannot be interrupted, so it must be short."""
 _MAX_LENGTH = 4096
 _SAFE_FUNCTIONS = frozenset(
     {"abs", "coalesce", "ifnull", "iif", "instr", "length", "like", "glob", "lower", "upper", "max", "min", "nullif"}
@@ -83,8 +88,8 @@ _SAFE_FUNCTIONS = frozenset(
     }
     | {"time", "unicode", "typeof", "sign", "mimco_folder", "mimco_name", "mimco_suffix"}
 )
-_SAFE_ACTIONS = frozenset({sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ})
 _SIDE = "mimco_side"
+_READABLE = frozenset({"files", "roots", "contents", _FILES, _SIDE})
 _MAX_COLUMNS = 200
 _KEYS = {
     "path": "side_key = path OR side_key = substr(path, length(root) + 2)",
@@ -116,10 +121,12 @@ class FilteredFiles:
 
     Args:
         connection: of the catalogue; gets temporary views and tables, nothing of it is written.
+        limit_s: for one condition.
     """
 
-    def __init__(self, connection: sqlite3.Connection) -> None:
+    def __init__(self, connection: sqlite3.Connection, limit_s: float = LIMIT_S) -> None:
         self._db = connection
+        self._limit_s = limit_s
         self._table: tuple[Path, int] | None = None
         self._key = ""
         self._side_columns: list[str] = []
@@ -140,6 +147,24 @@ class FilteredFiles:
         numbers = ", ".join(str(int(row)) for row in rows)
         found = self._select("SELECT row, root_bytes, path_bytes", condition, f" AND row IN ({numbers})")
         return {(row, Path(os.fsdecode(root)) / os.fsdecode(path)) for row, root, path in found}
+
+    def page(self, condition: Filter, after: tuple[bytes, bytes], limit: int) -> list[Listed]:
+        """Some of the files for which the condition holds, by indexed folder and path.
+
+        Args:
+            condition: may be empty.
+            after: folder and path of the last file of the page before; two empty ones for the first page.
+            limit: most files, at least 1.
+        """
+        columns = "root_bytes, path_bytes, bytes, mtime_ns, row, sha256, width_px, height_px, taken, camera"
+        place = f"(root_bytes, path_bytes) > (x'{after[0].hex()}', x'{after[1].hex()}')"
+        order = f"ORDER BY root_bytes, path_bytes LIMIT {int(limit)}"
+        return [
+            Listed(os.fsdecode(root), os.fsdecode(path), Stamp(size, mtime_ns), row, sha256, Facts(*facts))
+            for root, path, size, mtime_ns, row, sha256, *facts in self._select(
+                f"SELECT {columns}", condition, f" AND {place} {order}"
+            )
+        ]
 
     def prepare(self, condition: Filter) -> None:
         """Load the side table of a condition. Outside of any transaction, which would take it back.
@@ -162,21 +187,23 @@ class FilteredFiles:
             values = {"folder": folder, "length": len(folder)}
         source = f"temp.{_FILES}{join}"
         text = f"{what} FROM {source} WHERE {' AND '.join(tests)}{more}"
-        stop_at = time.monotonic() + _LIMIT_S
+        stop_at = time.monotonic() + self._limit_s
+        most = self._db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MAX_VALUE)
         self._db.set_authorizer(_allowed)
         self._db.set_progress_handler(lambda: time.monotonic() > stop_at, _STEPS_BETWEEN_LOOKS)
         try:
             # What is whole between brackets and also without any cannot reach out of either.
             self._db.execute(f"EXPLAIN SELECT CASE WHEN {condition.where or 'true'}\n THEN 1 END FROM {source}")
             return self._db.execute(text, values).fetchall()
-        except (sqlite3.Error, sqlite3.Warning) as error:
+        except (sqlite3.Error, sqlite3.Warning, ValueError) as error:  # ValueError: not text that SQLite takes
             raise self._refused(condition, error) from error
         finally:
             self._db.set_progress_handler(None, 0)
             self._db.set_authorizer(None)
+            self._db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, most)
 
     def _refused(self, condition: Filter, error: Exception) -> ConfigError:
-        text = f"takes more than {_LIMIT_S:g} s" if str(error) == "interrupted" else str(error)
+        text = f"takes more than {self._limit_s:g} s" if str(error) == "interrupted" else str(error)
         names = [*COLUMNS, *self._side_columns]
         return ConfigError(
             f"the condition {condition.where!r} cannot be used ({text})",
@@ -217,8 +244,10 @@ class FilteredFiles:
 
 
 def _allowed(action: int, first: str | None, second: str | None, database: str | None, source: str | None) -> int:
-    del first, database, source
-    if action in _SAFE_ACTIONS or (action == sqlite3.SQLITE_FUNCTION and second in _SAFE_FUNCTIONS):
+    del database, source
+    if action == sqlite3.SQLITE_SELECT or (action == sqlite3.SQLITE_READ and first in _READABLE):
+        return sqlite3.SQLITE_OK
+    if action == sqlite3.SQLITE_FUNCTION and second in _SAFE_FUNCTIONS:
         return sqlite3.SQLITE_OK
     return sqlite3.SQLITE_DENY
 

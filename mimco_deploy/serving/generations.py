@@ -199,7 +199,22 @@ def writer_lock(index: Path) -> Iterator[None]:
             file.truncate(0)
             file.write(f"{os.getpid()}\n")
             file.flush()
-        yield
+        try:
+            yield
+        finally:
+            file.truncate(0)
+
+
+def writing_process(index: Path) -> int | None:
+    """Number of the process that writes an index now, None where none does. A hint: it may be out of date at once."""
+    try:
+        number = int((index / LOCK_FILE).read_text(encoding="utf-8"))
+        os.kill(number, 0)
+    except PermissionError:
+        return number  # somebody else's
+    except (OSError, ValueError, OverflowError):
+        return None
+    return number
 
 
 @contextlib.contextmanager

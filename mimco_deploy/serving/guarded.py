@@ -27,10 +27,11 @@ import numpy.typing as npt
 
 import mimco_deploy
 from mimco_deploy.bundle import EncoderSpec
-from mimco_deploy.errors import ImageError, ImageProblem, MimcoError
+from mimco_deploy.errors import ConfigError, ImageError, ImageProblem, MimcoError
 from mimco_deploy.images import Facts
-from mimco_deploy.serving.decode_worker import LENGTH, READY, STAMP, read_frame, write_frame
-from mimco_deploy.serving.scan import Stamp, readable
+from mimco_deploy.preprocess import Crop
+from mimco_deploy.serving.decode_worker import CONTENT, HASH, LENGTH, READY, REQUEST, STAMP, read_frame, write_frame
+from mimco_deploy.serving.scan import Stamp, readable, stamp_of
 
 NEVER_OPENED = Stamp(-1, -1)
 """The stamp of a file that could not be opened."""
@@ -85,12 +86,13 @@ class DecodePool:
         self._lock = threading.Lock()
         self._closed = False
 
-    def read(self, path: Path, is_known: Callable[[bytes], bool] | None = None) -> Content:
+    def read(self, path: Path, is_known: Callable[[bytes], bool] | None = None, crop: Crop | None = None) -> Content:
         """Read one file.
 
         Args:
             path: absolute.
             is_known: says of a SHA-256 whether its pixels are not needed; they are always where None.
+            crop: the part whose pixels are wanted; all where None.
 
         Returns:
             What it held.
@@ -98,30 +100,73 @@ class DecodePool:
         Raises:
             FileNotFoundError: it is gone.
             RefusedError: it is no picture, cannot be read, or its decoder did not survive it.
+            ConfigError: the crop lies outside of it.
         """
+        flags = 0 if is_known is None else HASH
+        answer = self._ask(_request(flags, 0, crop) + os.fsencode(path), path, is_known)
+        if answer[:1] == b"H":
+            return Content(_stamp(answer), answer[1 + STAMP.size :], None, Facts())
+        return self._content(answer)
+
+    def decode(self, content: bytes, crop: Crop | None = None) -> Content:
+        """As `read`, of a file's content; the stamp says nothing."""
+        return self._content(self._ask(_request(CONTENT, 0, crop) + content, None))
+
+    def thumbnail(self, path: Path, side_px: int) -> tuple[Stamp, bytes]:
+        """A small copy of a file.
+
+        Args:
+            path: absolute.
+            side_px: the longest side, unless the picture is smaller.
+
+        Returns:
+            The stamp of the file, and a JPEG.
+
+        Raises:
+            FileNotFoundError: it is gone.
+            RefusedError: as for `read`.
+        """
+        answer = self._ask(_request(0, side_px, None) + os.fsencode(path), path)
+        return _stamp(answer), answer[1 + STAMP.size :]
+
+    def start(self, count: int) -> None:
+        """Start processes before they are needed, which takes a tenth of a second each."""
+        for worker in [self._take() for _ in range(count)]:
+            self._idle.put(worker)
+
+    def _ask(self, request: bytes, path: Path | None, is_known: Callable[[bytes], bool] | None = None) -> bytes:
         for last in (False, True):
             worker = self._take()
             try:
-                content = worker.read(path, is_known)
+                answer = worker.ask(request, path, is_known)
             except (EOFError, BrokenPipeError):
                 code = self._bury(worker)
                 if self._closed:
                     raise FileNotFoundError(path) from None  # nobody waits for it any more
+                last = last or (path is None and code == -signal.SIGALRM)  # somebody waits
                 if last and code == -signal.SIGALRM:
-                    raise self._lost(path, "timeout", f"took more than {self._limits.seconds:g} s to decode") from None
+                    raise _lost(path, "timeout", f"took more than {self._limits.seconds:g} s to decode") from None
                 if last:
                     how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-                    raise self._lost(path, "crashed", f"brought its decoder down ({how})") from None
+                    raise _lost(path, "crashed", f"brought its decoder down ({how})") from None
             except BaseException as error:
-                if isinstance(error, RefusedError | FileNotFoundError):
+                if isinstance(error, RefusedError | ConfigError | FileNotFoundError):
                     self._idle.put(worker)  # it answered
                 else:
                     self._bury(worker)
                 raise
             else:
                 self._idle.put(worker)
-                return content
+                return answer
         raise AssertionError("unreachable")
+
+    def _content(self, answer: bytes) -> Content:
+        sha256 = answer[1 + STAMP.size : 1 + _STAMP_AND_HASH]
+        start = 1 + _STAMP_AND_HASH + LENGTH.size
+        end = start + LENGTH.unpack_from(answer, 1 + _STAMP_AND_HASH)[0]
+        side_px = self._spec.image_size_px
+        pixels = np.frombuffer(answer, np.uint8, offset=end).reshape(side_px, side_px, 3)
+        return Content(_stamp(answer), sha256, pixels, Facts(**json.loads(answer[start:end])))
 
     def close(self) -> None:
         """End all processes, whatever they are doing."""
@@ -156,19 +201,11 @@ class DecodePool:
             self._workers.discard(worker)
         return worker.end()
 
-    def _lost(self, path: Path, problem: ImageProblem, what: str) -> RefusedError:
-        try:
-            status = path.stat()
-        except OSError:
-            raise FileNotFoundError(path) from None
-        return RefusedError(problem, f"{readable(path)} {what}", Stamp(status.st_size, status.st_mtime_ns))
-
 
 class _Worker:
     """One process and the pipes to it. Used by one thread at a time."""
 
     def __init__(self, spec: EncoderSpec, limits: Limits) -> None:
-        self._side_px = spec.image_size_px
         geometry = [str(spec.image_size_px), repr(spec.crop_share), spec.interpolation]
         command = [sys.executable, "-P", "-m", "mimco_deploy.serving.decode_worker", *geometry]
         # -P keeps the current folder, which may be one of pictures, from being searched for modules; so this package
@@ -203,26 +240,23 @@ class _Worker:
                 raise MimcoError(f"the processes that decode pictures do not start (exit code {code}: {last})")
         _widen(self._answers.fileno())
 
-    def read(self, path: Path, is_known: Callable[[bytes], bool] | None) -> Content:
-        write_frame(self._requests, b"\0" if is_known is None else b"\1", os.fsencode(path))
+    def ask(self, request: bytes, path: Path | None, is_known: Callable[[bytes], bool] | None) -> bytes:
+        write_frame(self._requests, request)
         answer = read_frame(self._answers)
         if answer[:1] == b"H" and is_known is not None:
-            sha256 = answer[1 + STAMP.size :]
-            if is_known(sha256):
+            if is_known(answer[1 + STAMP.size :]):
                 write_frame(self._requests, b"0")
-                return Content(_stamp(answer), sha256, None, Facts())
+                return answer
             write_frame(self._requests, b"1")
             answer = read_frame(self._answers)
         if answer[:1] == b"V":
             raise FileNotFoundError(path)
+        if answer[:1] == b"C":
+            raise ConfigError(answer[1:].decode())
         if answer[:1] == b"R":
             problem, found = answer[1 + STAMP.size :].split(b"\0", 1)
             raise RefusedError(cast(ImageProblem, problem.decode()), os.fsdecode(found), _stamp(answer))
-        sha256 = answer[1 + STAMP.size : 1 + _STAMP_AND_HASH]
-        start = 1 + _STAMP_AND_HASH + LENGTH.size
-        end = start + LENGTH.unpack_from(answer, 1 + _STAMP_AND_HASH)[0]
-        pixels = np.frombuffer(answer, np.uint8, offset=end).reshape(self._side_px, self._side_px, 3)
-        return Content(_stamp(answer), sha256, pixels, Facts(**json.loads(answer[start:end])))
+        return answer
 
     def end(self) -> int:
         for pipe in (self._requests, self._answers):
@@ -233,6 +267,20 @@ class _Worker:
         except subprocess.TimeoutExpired:
             self.process.kill()
             return self.process.wait()
+
+
+def _request(flags: int, thumbnail_px: int, crop: Crop | None) -> bytes:
+    return REQUEST.pack(flags, thumbnail_px, *(crop or (0.0,) * 4))
+
+
+def _lost(path: Path | None, problem: ImageProblem, what: str) -> RefusedError:
+    if path is None:
+        return RefusedError(problem, f"the picture {what}", NEVER_OPENED)
+    try:
+        status = path.stat()
+    except OSError:
+        raise FileNotFoundError(path) from None
+    return RefusedError(problem, f"{readable(path)} {what}", stamp_of(status))
 
 
 def _stamp(answer: bytes) -> Stamp:

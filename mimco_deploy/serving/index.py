@@ -8,6 +8,7 @@ read-only disk can be searched.
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import weakref
 from collections.abc import Iterator
@@ -21,8 +22,8 @@ import numpy.typing as npt
 from mimco_deploy.errors import IndexStoreError
 from mimco_deploy.serving.ann import Searcher
 from mimco_deploy.serving.background import Background, background_of
-from mimco_deploy.serving.catalog import Catalog, Counts, Problem
-from mimco_deploy.serving.filters import Filter, FilteredFiles
+from mimco_deploy.serving.catalog import Catalog, Counts, Listed, Problem
+from mimco_deploy.serving.filters import LIMIT_S, Filter, FilteredFiles
 from mimco_deploy.serving.generations import POINTER_FILE, Generation, check_encoder, current_generation
 from mimco_deploy.serving.tuning import Tuning, open_searcher, tuning_of
 from mimco_deploy.serving.vectors import read_vectors
@@ -81,6 +82,9 @@ class ImageIndex:
         embedding_dim: D.
     """
 
+    condition_limit_s = LIMIT_S
+    """For one condition; may be set."""
+
     def __init__(self, path: Path, fingerprint: str, embedding_dim: int) -> None:
         self.path = path
         self.fingerprint = fingerprint
@@ -132,6 +136,11 @@ class ImageIndex:
         with self._reading() as (_, catalog):
             return catalog.counts()
 
+    def picture_count(self) -> int:
+        """Different pictures that a search looks through."""
+        with self._reading() as (generation, catalog):
+            return self._refreshed(generation, catalog).searcher.count
+
     def roots(self) -> list[Path]:
         """The indexed folders, absolute, sorted."""
         with self._reading() as (_, catalog):
@@ -147,6 +156,43 @@ class ImageIndex:
         with self._reading() as (_, catalog):
             return catalog.problems()
 
+    def state(self) -> tuple[int, int]:
+        """Number of the generation and its revision: together they change whenever what a search sees does."""
+        with self._reading() as (generation, catalog):
+            return generation.number, catalog.revision()
+
+    def files_with(self, content: str) -> list[Listed]:
+        """The files of one content, sorted.
+
+        Args:
+            content: SHA-256, hexadecimal.
+        """
+        with self._reading() as (_, catalog):
+            return catalog.files_with(bytes.fromhex(content))
+
+    def content_of(self, path: Path) -> str | None:
+        """SHA-256, hexadecimal, of an indexed file as it was indexed; None where it is not listed."""
+        with self._reading() as (_, catalog):
+            row = catalog.row_of_file(_full(path))
+            return None if row is None else catalog.files_of([row])[row][0]
+
+    def embedding_of_content(self, content: str) -> npt.NDArray[np.float32] | None:
+        """The stored embedding [D] of a content that some file has; None where none does."""
+        with self._reading() as (generation, catalog):
+            files = catalog.files_with(bytes.fromhex(content))
+            return None if not files else _embedding(generation, catalog, files[0].row)
+
+    def page(self, condition: Filter | None, after: tuple[bytes, bytes], limit: int) -> list[Listed]:
+        """Some of the files for which a condition holds, by folder and path; see `FilteredFiles.page`.
+
+        Raises:
+            ConfigError: the condition cannot be used.
+        """
+        condition = condition or Filter()
+        with self._connected(condition) as connection:
+            assert connection.filters is not None
+            return connection.filters.page(condition, after, limit)
+
     def tuning(self) -> Tuning:
         """How the index is searched, exactly or not, and how good that is."""
         with self._reading() as (_, catalog):
@@ -159,10 +205,10 @@ class ImageIndex:
             path: absolute, or relative to the current folder.
         """
         with self._reading() as (generation, catalog):
-            row = catalog.row_of_file(path.parent.resolve() / path.name)
+            row = catalog.row_of_file(_full(path))
             if row is None:
                 return None
-            return np.array(read_vectors(generation.vectors, catalog.embedding_dim, catalog.row_count())[row])
+            return _embedding(generation, catalog, row)
 
     def search(
         self, embedding: npt.NDArray[np.float32], k: int, condition: Filter | None = None, *, min_score: float = -1.0
@@ -231,7 +277,7 @@ class ImageIndex:
         try:
             if condition is not None:
                 if connection.filters is None:
-                    connection.filters = FilteredFiles(connection.catalog.connection)
+                    connection.filters = FilteredFiles(connection.catalog.connection, self.condition_limit_s)
                 connection.filters.prepare(condition)
             with connection.catalog.snapshot():
                 check_encoder(self.path, connection.catalog.fingerprint, self.fingerprint)
@@ -263,6 +309,15 @@ class ImageIndex:
                 searcher = open_searcher(generation, catalog, vectors)
                 state = self._state = _State(generation, revision, searcher, background, references)
         return state
+
+
+def _full(path: Path) -> Path:
+    """Absolute, its folder without links; a link itself is what was indexed. Loops of links lead nowhere."""
+    return Path(os.path.realpath(path.parent)) / path.name
+
+
+def _embedding(generation: Generation, catalog: Catalog, row: int) -> npt.NDArray[np.float32]:
+    return np.array(read_vectors(generation.vectors, catalog.embedding_dim, catalog.row_count())[row])
 
 
 def _connect(path: Path) -> _Connection:

@@ -101,13 +101,27 @@ def write_map(
     """
     gallery = read_gallery(index)
     points = _points(gallery)
-    rows = np.array([files[0].row for files in points], np.int64)
-    places, used = _lay_out(gallery.vectors, method, rows)
+    places, used = _lay_out(gallery.vectors, method, _rows_of(points))
     chosen = thin(places, thumbnails)
     drawn = draw_thumbnails(points, chosen.tolist(), tell)
     page = build_page(points, places, drawn, used)
     write_bytes(path, page)
     return MapReport(used, len(points), len(gallery.files), len(drawn.points), len(drawn.problems), len(page))
+
+
+def place_contents(gallery: Gallery, method: Method = "auto") -> tuple[list[bytes], npt.NDArray[np.float32], Used]:
+    """Place every content of an index on a plane.
+
+    Args:
+        gallery: of the index.
+        method: as for `lay_out`.
+
+    Returns:
+        SHA-256 of each, [N, 2] as `lay_out` places them, and what laid them out.
+    """
+    points = _points(gallery)
+    places, used = _lay_out(gallery.vectors, method, _rows_of(points))
+    return [files[0].sha256 for files in points], places, used
 
 
 def thin(places: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.int64]:
@@ -157,6 +171,10 @@ def _interleaved(cells: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         for axis in (0, 1):
             curve |= ((cells[:, axis] >> bit) & 1) << (2 * bit + axis)
     return curve
+
+
+def _rows_of(points: list[list[Listed]]) -> npt.NDArray[np.int64]:
+    return np.array([files[0].row for files in points], np.int64)
 
 
 def _points(gallery: Gallery) -> list[list[Listed]]:

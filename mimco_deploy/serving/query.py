@@ -11,18 +11,15 @@ import numpy.typing as npt
 
 from mimco_deploy.bundle import EncoderSpec
 from mimco_deploy.errors import ConfigError, ImageError
-from mimco_deploy.images import decode_image, read_image
-from mimco_deploy.preprocess import decode_pixels, preprocess, read_pixels
+from mimco_deploy.preprocess import Crop, decode_pixels, read_pixels
 from mimco_deploy.serving.encoders import Encoder
 from mimco_deploy.serving.filters import Filter
 from mimco_deploy.serving.generations import check_encoder
 from mimco_deploy.serving.index import Hit, ImageIndex
 from mimco_deploy.stopwatch import Stopwatch
 
-_RERANKED = 3
+RERANKED = 3
 """Times k hits are ordered by their parts."""
-Crop = tuple[float, float, float, float]
-"""Left, top, width and height in pixels of the upright picture; or, where none is above 1, as shares of its sides."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +44,9 @@ def query_pixels(part: Part, spec: EncoderSpec) -> npt.NDArray[np.uint8]:
         ConfigError: the crop lies outside of it.
     """
     geometry = (spec.image_size_px, spec.crop_share, spec.interpolation)
-    if part.crop is None:
-        if isinstance(part.picture, bytes):
-            return decode_pixels(part.picture, "query", *geometry)
-        return read_pixels(part.picture, *geometry)
-    picture = decode_image(part.picture, "query") if isinstance(part.picture, bytes) else read_image(part.picture)
-    return preprocess(picture.crop(_box(part.crop, *picture.size)), *geometry)
+    if isinstance(part.picture, bytes):
+        return decode_pixels(part.picture, "query", *geometry, part.crop)
+    return read_pixels(part.picture, *geometry, part.crop)
 
 
 def query_embedding(
@@ -92,7 +86,23 @@ def query_embedding(
     if pixels:
         embeddings |= zip(pixels, encoder.embed(np.stack(list(pixels.values()))), strict=True)
     watch.lap("embed")
-    total = np.sum([part.weight * embeddings[number] for number, part in enumerate(parts)], axis=0)
+    return weighted_sum([part.weight for part in parts], [embeddings[number] for number in range(len(parts))])
+
+
+def weighted_sum(weights: Sequence[float], embeddings: Sequence[npt.NDArray[np.float32]]) -> npt.NDArray[np.float32]:
+    """Several pictures as one query.
+
+    Args:
+        weights: of each.
+        embeddings: [D] each.
+
+    Returns:
+        [D], of length 1.
+
+    Raises:
+        ConfigError: they cancel each other.
+    """
+    total = np.sum([weight * embedding for weight, embedding in zip(weights, embeddings, strict=True)], axis=0)
     length = float(np.linalg.norm(total))
     if length < 1e-6:
         raise ConfigError("the pictures of the query cancel each other", expected="other weights")
@@ -136,26 +146,11 @@ def search_image(
     watch = watch or Stopwatch()
     parts = [Part(query)] if isinstance(query, Path) else query
     embedding = query_embedding(index, encoder, parts, watch)
-    hits = index.search(embedding, _RERANKED * k if rerank else k, condition, min_score=min_score)
+    hits = index.search(embedding, RERANKED * k if rerank else k, condition, min_score=min_score)
     watch.lap("search")
     if rerank:
-        from mimco_deploy.serving.why import explain
+        from mimco_deploy.serving.why import explain, order_by_parts
 
-        reasons = explain(encoder, parts[0], [hit.path for hit in hits])
-        alike = [-2.0 if reason is None else reason.score for reason in reasons]
-        hits = [hits[number] for number in sorted(range(len(hits)), key=lambda number: -alike[number])][:k]
+        hits = order_by_parts(hits, explain(encoder, parts[0], [hit.path for hit in hits]))[:k]
         watch.lap("rerank")
     return hits
-
-
-def _box(crop: Crop, width: int, height: int) -> tuple[int, int, int, int]:
-    if max(crop) <= 1:
-        crop = (crop[0] * width, crop[1] * height, crop[2] * width, crop[3] * height)
-    left, top = max(0, round(crop[0])), max(0, round(crop[1]))
-    right, bottom = min(width, round(crop[0] + crop[2])), min(height, round(crop[1] + crop[3]))
-    if left >= right or top >= bottom:
-        raise ConfigError(
-            f"the crop {', '.join(f'{number:g}' for number in crop)} holds nothing of {width} × {height} pixels",
-            expected="left, top, width, height",
-        )
-    return left, top, right, bottom

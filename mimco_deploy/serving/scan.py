@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 from mimco_deploy.images import IMAGE_SUFFIXES
 
+_FAR_NS = 2**63 - 1
+
 
 class Stamp(NamedTuple):
     """What tells, without reading it, whether a file changed."""
@@ -25,7 +27,16 @@ class Stamp(NamedTuple):
     size: int
     """Bytes."""
     mtime_ns: int
-    """Last modification, nanoseconds since 1970."""
+    """Last modification, nanoseconds since 1970; cut to 64 bits, which end in the year 2262."""
+
+
+def stamp_of(status: os.stat_result) -> Stamp:
+    """The stamp of a file."""
+    return Stamp(status.st_size, _cut(status.st_mtime_ns))
+
+
+def _cut(mtime_ns: int) -> int:
+    return mtime_ns if -_FAR_NS < mtime_ns < _FAR_NS else (_FAR_NS if mtime_ns > 0 else -_FAR_NS)
 
 
 class FileStat(NamedTuple):
@@ -106,7 +117,7 @@ def _walk(root: Path, unlisted: list[Unlisted]) -> Iterator[tuple[str, int, int]
                         except OSError:
                             continue  # it went away during the walk, or is a link in a circle
                         if stat.S_ISREG(status.st_mode):
-                            yield prefix + name, status.st_size, status.st_mtime_ns
+                            yield prefix + name, status.st_size, _cut(status.st_mtime_ns)
         except OSError as error:
             unlisted.append(Unlisted(folder, error.strerror or type(error).__name__))
         finally:

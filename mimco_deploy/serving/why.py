@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from mimco_deploy.errors import BundleError, ImageError
 from mimco_deploy.serving.encoders import Encoder
+from mimco_deploy.serving.index import Hit
 from mimco_deploy.serving.query import Part, query_pixels
 
 Floats = npt.NDArray[np.float32]
@@ -65,22 +66,37 @@ def explain(encoder: Encoder, query: Part, hits: Sequence[Path]) -> list[Reason 
     Raises:
         BundleError: the bundle has no patch tokens, or the runtime gives none.
     """
-    patches = _patch_encoder(encoder)
-    pictures = [_pixels_or_none(part, encoder) for part in (query, *map(Part, hits))]
-    query_picture = pictures[0]
-    if query_picture is None:
-        return [None] * len(hits)
-    tokens = _tokens(patches, [picture for picture in pictures if picture is not None])
+    check_patches(encoder)
+    query_picture, *pictures = [_pixels_or_none(part, encoder) for part in (query, *map(Part, hits))]
+    return [None] * len(hits) if query_picture is None else explain_pixels(encoder, query_picture, pictures)
+
+
+def explain_pixels(encoder: Encoder, query: Pixels, hits: Sequence[Pixels | None]) -> list[Reason | None]:
+    """As `explain`, of pictures that are decoded.
+
+    Args:
+        encoder: of a bundle with patches.
+        query: [H, W, 3].
+        hits: [H, W, 3] each, or None.
+    """
+    patches = check_patches(encoder)
+    tokens = _tokens(patches, [query, *(picture for picture in hits if picture is not None)])
     query_tokens = next(tokens)
     grid = (encoder.spec.patch_grid,) * 2
     reasons: list[Reason | None] = []
-    for picture in pictures[1:]:
+    for picture in hits:
         if picture is None:
             reasons.append(None)
             continue
         alike = query_tokens @ next(tokens).T  # [L, L]
-        reasons.append(Reason(query_picture, picture, alike.max(axis=1).reshape(grid), alike.max(axis=0).reshape(grid)))
+        reasons.append(Reason(query, picture, alike.max(axis=1).reshape(grid), alike.max(axis=0).reshape(grid)))
     return reasons
+
+
+def order_by_parts(hits: Sequence[Hit], reasons: Sequence[Reason | None]) -> list[Hit]:
+    """Hits by how alike their parts are to the query's, those that cannot be read any more last."""
+    alike = [-2.0 if reason is None else reason.score for reason in reasons]
+    return [hits[number] for number in sorted(range(len(hits)), key=lambda number: -alike[number])]
 
 
 def _pixels_or_none(part: Part, encoder: Encoder) -> Pixels | None:
@@ -90,7 +106,12 @@ def _pixels_or_none(part: Part, encoder: Encoder) -> Pixels | None:
         return None
 
 
-def _patch_encoder(encoder: Encoder) -> PatchEncoder:
+def check_patches(encoder: Encoder) -> PatchEncoder:
+    """The same encoder, as one with patch tokens.
+
+    Raises:
+        BundleError: it has none.
+    """
     if not encoder.spec.patch_grid or not hasattr(encoder, "embed_with_patches"):
         raise BundleError(
             "the encoder gives no patch tokens",

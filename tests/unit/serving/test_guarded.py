@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mimco_deploy.errors import ImageError, MimcoError
+from mimco_deploy.errors import ConfigError, ImageError, MimcoError
 from mimco_deploy.images import MAX_BYTES, decode_image
 from mimco_deploy.preprocess import read_pixels
 from mimco_deploy.serving.guarded import NEVER_OPENED, DecodePool, Limits, RefusedError
 from mimco_deploy.serving.scan import Stamp
 from mimco_deploy.serving.update import update_index
-from tests.helpers import SIDE, CountingEncoder, Images, gallery, save, tiny_spec
+from tests.helpers import SIDE, CountingEncoder, Images, gallery, noise, save, tiny_spec
 
 REPOSITORY = Path(__file__).parent.parent.parent.parent
 LONG = Limits(seconds=3600)
@@ -540,3 +540,50 @@ def test_nothing_is_imported_from_the_current_folder(
     assert (run.returncode, run.stderr) == (0, "")
     assert run.stdout.strip() == hashlib.sha256(path.read_bytes()).hexdigest()
     assert not (tmp_path / "sprung").exists()
+
+
+def wide(path: Path) -> Path:
+    noise(3, 90).crop((0, 0, 90, 40)).save(path)
+    return path
+
+
+def test_content_is_decoded_as_the_file_that_holds_it(shared_pool: DecodePool, tmp_path: Path) -> None:
+    path = wide(tmp_path / "one.png")
+    crop = (0.1, 0.0, 0.5, 1.0)
+    of_file, of_content = shared_pool.read(path, crop=crop), shared_pool.decode(path.read_bytes(), crop)
+    expected = read_pixels(path, SIDE, 1.0, "bicubic", crop)
+    assert of_file.pixels is not None
+    assert of_content.pixels is not None
+    np.testing.assert_array_equal(of_file.pixels, expected)
+    np.testing.assert_array_equal(of_content.pixels, expected)
+    assert of_content.facts.width_px == 90
+
+
+def test_a_thumbnail_is_small_and_tells_the_stamp_of_its_file(shared_pool: DecodePool, tmp_path: Path) -> None:
+    path = wide(tmp_path / "one.png")
+    stamp, small = shared_pool.thumbnail(path, 32)
+    assert stamp == stamp_of(path)
+    assert decode_image(small).size == (32, 14)
+    assert decode_image(shared_pool.thumbnail(path, 512)[1]).size == (90, 40)
+
+
+def test_a_process_goes_on_after_a_crop_of_nothing_and_content_that_is_no_picture(
+    pool: DecodePool, tmp_path: Path, notes: Notes
+) -> None:
+    good = wide(tmp_path / "one.png").read_bytes()
+    with pytest.raises(ConfigError, match="holds nothing"):
+        pool.decode(good, (0.0, 0.0, 0.001, 0.001))
+    with pytest.raises(RefusedError) as caught:
+        pool.decode(b"no picture")
+    assert caught.value.problem == "unsupported"
+    assert pool.decode(good).pixels is not None
+    assert len(notes.started()) == 1
+
+
+@pytest.mark.parametrize(("content", "problem"), [(b"SEGV!", "crashed"), (b"HANG!", "timeout")])
+def test_content_that_brings_its_decoder_down_is_refused(notes: Notes, content: bytes, problem: str) -> None:
+    del notes
+    with DecodePool(tiny_spec(), Limits(seconds=0.5)) as pool:
+        with pytest.raises(RefusedError, match="the picture") as caught:
+            pool.decode(content)
+        assert caught.value.problem == problem

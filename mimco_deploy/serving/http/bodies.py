@@ -1,0 +1,161 @@
+"""Bodies of requests: JSON, or a form of JSON and files."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ValidationError
+from python_multipart.multipart import parse_options_header
+from starlette.datastructures import FormData, UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from mimco_deploy.serving.http import schemas
+from mimco_deploy.serving.http.requests import MAX_JSON_BYTES
+from mimco_deploy.serving.http.service import Upload
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Body(Generic[Model]):
+    """What a request asks for."""
+
+    document: Model | None
+    """Of the JSON; None where a form has none."""
+    uploads: Sequence[Upload]
+
+
+@contextlib.asynccontextmanager
+async def read_body(request: Request, model: type[Model], max_files: int) -> AsyncIterator[Body[Model]]:
+    """Read a body of JSON, or a form with the field `request` of JSON and files named `file`.
+
+    Args:
+        request: whose body nobody has read.
+        model: of the JSON.
+        max_files: of a form.
+
+    Yields:
+        The body; the files are closed with the context.
+
+    Raises:
+        RequestValidationError: the JSON is not of the model, or the form holds something else.
+        HTTPException: it is neither, or a form that cannot be read.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "application/json":
+        yield Body(_parse(model, await request.body()), [])
+    elif kind == "multipart/form-data" and _is_utf8(request.headers["content-type"]):
+        async with request.form(max_files=max_files, max_fields=1, max_part_size=MAX_JSON_BYTES) as form:
+            yield _read_form(form, model)
+    else:
+        raise HTTPException(415, "the body is neither application/json nor multipart/form-data in UTF-8")
+
+
+def parts_of(query: schemas.Query | None, uploads: Sequence[Upload]) -> schemas.Query:
+    """A query with parts: where it names none, all uploads.
+
+    Raises:
+        RequestValidationError: it names nothing, too much, or an upload that is not there.
+    """
+    query = query or schemas.Query()  # type: ignore[call-arg]  # all of it has defaults
+    if query.parts is None:
+        if not 1 <= len(uploads) <= schemas.MAX_PARTS:
+            raise _invalid("file", f"{len(uploads)} pictures, expected 1 to {schemas.MAX_PARTS}, or parts")
+        parts = [schemas.QueryPart(upload=number) for number in range(len(uploads))]  # type: ignore[call-arg]
+        return query.model_copy(update={"parts": parts})
+    for part in query.parts:
+        check_part(part, uploads)
+    return query
+
+
+def check_part(part: schemas.QueryPart, uploads: Sequence[Upload]) -> None:
+    """Let a part name one picture that is there.
+
+    Raises:
+        RequestValidationError: it does not.
+    """
+    if sum(name is not None for name in (part.upload, part.id, part.path)) != 1:
+        raise _invalid("parts", "each names one of upload, id and path")
+    if part.upload is not None and part.upload >= len(uploads):
+        raise _invalid("upload", f"{part.upload}, but the form has {len(uploads)} files")
+    if part.crop is not None and not (part.crop[2] > 0 and part.crop[3] > 0):
+        raise _invalid("crop", "width and height are above 0")
+
+
+def json_content(model: str) -> dict[str, Any]:
+    """What OpenAPI says of a body of JSON alone."""
+    schema = {"$ref": f"#/components/schemas/{model}"}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def form_content(model: str, *, required: bool) -> dict[str, Any]:
+    """What OpenAPI says of such a body.
+
+    Args:
+        model: name of the schema.
+        required: whether files are, in a form, and JSON alone will not do.
+    """
+    form = {
+        "type": "object",
+        "properties": {
+            "request": {"$ref": f"#/components/schemas/{model}"},
+            "file": {"type": "array", "items": {"type": "string", "format": "binary"}},
+        },
+        "additionalProperties": False,
+        **({"required": ["file"]} if required else {}),
+    }
+    content: dict[str, Any] = {
+        "multipart/form-data": {"schema": form, "encoding": {"request": {"contentType": "application/json"}}}
+    }
+    if not required:
+        content["application/json"] = {"schema": {"$ref": f"#/components/schemas/{model}"}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def _read_form(form: FormData, model: type[Model]) -> Body[Model]:
+    document = None
+    uploads: list[Upload] = []
+    for name, value in form.multi_items():
+        if name == "file" and isinstance(value, UploadFile):
+            uploads.append(_reader(value))
+        elif name == "request":
+            content = value if isinstance(value, str) else None
+            if content is None:
+                raise _invalid("request", "a field of JSON, not a file")
+            document = _parse(model, content.encode(errors="surrogatepass"))
+        else:
+            raise _invalid(name[:50], "unknown, expected request and file")
+    return Body(document, uploads)
+
+
+def _is_utf8(content_type: str) -> bool:
+    charset = parse_options_header(content_type)[1].get(b"charset", b"utf-8")
+    return charset.lower() in (b"utf-8", b"utf8")
+
+
+def _reader(file: UploadFile) -> Upload:
+    lock = asyncio.Lock()
+
+    async def read() -> bytes:
+        async with lock:  # several parts may name it
+            await file.seek(0)
+            return await file.read()
+
+    return read
+
+
+def _parse(model: type[Model], content: bytes) -> Model:
+    try:
+        return model.model_validate_json(content)
+    except ValidationError as error:
+        raise RequestValidationError(error.errors(include_url=False, include_input=False)) from None
+
+
+def _invalid(field: str, message: str) -> RequestValidationError:
+    return RequestValidationError([{"loc": ("body", field), "msg": message, "type": "value_error"}])

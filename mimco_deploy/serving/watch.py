@@ -1,0 +1,122 @@
+"""An index that follows its folders: brought up to date whenever something in them changed. Needs the extra `serve`.
+
+The system tells that there was a change, by watchfiles; what changed is found by the same walk as ever, so that nothing
+is missed of what happened before, between, or where the system's events overflow.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import watchfiles
+
+from mimco_deploy.errors import IndexStoreError
+from mimco_deploy.serving.catalog import Catalog
+from mimco_deploy.serving.encoders import Encoder
+from mimco_deploy.serving.generations import current_generation, has_index, writing_process
+from mimco_deploy.serving.roots import existing_folder
+from mimco_deploy.serving.update import UpdateReport, update_index
+
+logger = logging.getLogger(__name__)
+
+_LOOK_AGAIN_S = 600.0
+"""Without any event: some network disks send none."""
+_BUSY_S = 5.0
+_TURN_MS = 200
+_MOST_SETTLES = 10
+
+
+def watch_folders(
+    index: Path,
+    folders: Sequence[Path],
+    encoder: Encoder,
+    *,
+    settle_s: float = 2.0,
+    encoder_path: Path | None = None,
+    stop: threading.Event | None = None,
+) -> Iterator[UpdateReport]:
+    """Index folders now, and again after each change.
+
+    Args:
+        index: the index folder, made if missing.
+        folders: to watch; none for all that are indexed.
+        encoder: that made the index.
+        settle_s: how long nothing may have changed before it is indexed, at most ten times that after the first change.
+        encoder_path: as for `update_index`.
+        stop: set it to end; the wait for a change ends within a second.
+
+    Yields:
+        What each update did that found a change, the first in any case.
+
+    Raises:
+        IndexStoreError: a folder does not exist, or there is nothing to watch.
+        EncoderMismatchError: another encoder made the index.
+    """
+    stop = stop or threading.Event()
+    roots = [existing_folder(folder) for folder in folders]
+    watched: list[Path] = []
+    changes: Iterator[object] = iter(())
+    first = True
+    while not stop.is_set():
+        # Watched before it is walked: what changes meanwhile is heard of afterwards.
+        if (present := [root for root in roots or _recorded(index) if root.is_dir()]) != watched:
+            watched, changes = present, _changes(present, stop)
+            next(changes, None)
+        try:
+            report = update_index(index, roots, encoder, encoder_path=encoder_path)
+        except IndexStoreError as error:
+            if writing_process(index) is None:
+                raise
+            logger.warning("%s; trying again", error)
+            stop.wait(_BUSY_S)
+            continue
+        if first or report.added or report.changed or report.removed:
+            yield report
+        first = False
+        _wait(changes, settle_s, stop)
+
+
+def _wait(changes: Iterator[object], settle_s: float, stop: threading.Event) -> None:
+    """Until something changed and settled, or a long time has passed."""
+    begun = time.monotonic()
+    first = last = None
+    while not stop.is_set():
+        changed = next(changes, None)
+        now = time.monotonic()
+        if changed is None:  # nothing is there to watch
+            stop.wait(_BUSY_S)
+            return
+        if changed:
+            first, last = first or now, now
+        settled = last is not None and now - last >= settle_s
+        if settled or (first is not None and now - first >= _MOST_SETTLES * settle_s) or now - begun >= _LOOK_AGAIN_S:
+            return
+
+
+def _recorded(index: Path) -> list[Path]:
+    if not has_index(index):
+        return []
+    with Catalog(current_generation(index).catalog) as catalog, catalog.snapshot():
+        return [root.path for root in catalog.roots()]
+
+
+def _changes(folders: Sequence[Path], stop: threading.Event) -> Iterator[object]:
+    """What changed; nothing some times a second."""
+    if not folders:
+        return iter(())
+    return iter(
+        watchfiles.watch(
+            *folders,
+            watch_filter=None,
+            debounce=_TURN_MS,
+            step=_TURN_MS // 2,
+            stop_event=stop,
+            rust_timeout=_TURN_MS,
+            yield_on_timeout=True,
+            raise_interrupt=True,
+        )
+    )

@@ -1,0 +1,247 @@
+"""The page of `mimco serve` in a real browser, as a person uses it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers import gallery
+from tests.unit.serving.http.conftest import COUNT, Place, make_place
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+WAIT_S = 15.0
+TOKEN = "a token of enough letters"
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium"),
+    # Playwright's loop and its driver's pipes are closed after the test that opened them.
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+def start(place: Place, **environment: str) -> tuple[subprocess.Popen[str], str]:
+    workspace = str(place.index.parent)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mimco_deploy", "--workspace", workspace, "serve", "--port", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, **environment},
+    )
+    assert process.stdout is not None
+    return process, process.stdout.readline().strip()
+
+
+def stop(process: subprocess.Popen[str]) -> int:
+    with process:
+        process.send_signal(signal.SIGTERM)
+        return process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return make_place(tmp_path_factory.mktemp("page").resolve())
+
+
+@pytest.fixture(scope="module")
+def address(own: Place) -> Iterator[str]:
+    process, address = start(own)
+    yield address
+    assert stop(process) == 0
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: Any, address: str) -> Iterator[Any]:
+    """Fails where the page logs an error or asks another machine."""
+    context = browser.new_context(viewport={"width": 1280, "height": 800})
+    page = context.new_page()
+    page.set_default_timeout(WAIT_S * 1e3)
+    wrong: list[str] = []
+    page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on(
+        "request",
+        lambda request: None if request.url.startswith((address, "blob:", "data:")) else wrong.append(request.url),
+    )
+    page.goto(address)
+    yield page
+    context.close()
+    assert wrong == []
+
+
+def until(page: Any, expression: str) -> None:
+    """Wait for it to be true. The policy of the page forbids what Playwright does for that, as it should."""
+    deadline = time.monotonic() + WAIT_S
+    while not page.evaluate(expression):
+        assert time.monotonic() < deadline, expression
+        time.sleep(0.05)
+
+
+def names(page: Any) -> list[str]:
+    return [str(name) for name in page.locator("#hits .name").all_inner_texts()]
+
+
+def search_with(page: Any, *pictures: Path) -> None:
+    page.set_input_files("#files", [str(picture) for picture in pictures])
+    page.wait_for_selector("#hits .line")
+
+
+def test_it_opens_with_the_pictures_of_the_index_and_shows_more(page: Any) -> None:
+    page.wait_for_selector("#hits li")
+    first = len(names(page))
+    assert 0 < first <= COUNT + 1
+    page.click("#more")
+    until(page, f"document.querySelectorAll('#hits li').length > {first}")
+    drawn = "[...document.querySelectorAll('#hits img')].slice(0, 4).every(i => i.complete && i.naturalWidth > 0)"
+    until(page, drawn)
+
+
+def test_a_chosen_picture_is_searched_and_more_like_this_goes_on_and_back(page: Any, own: Place) -> None:
+    search_with(page, own.picture(5))
+    assert names(page)[0] == "0005.png"
+    assert page.locator("#hits .line").first.inner_text().split() == ["clear", "match", "1.000"]
+    second = names(page)[1]
+    page.locator("#hits li").nth(1).hover()
+    page.locator("#hits li").nth(1).locator("a.like").click()
+    until(page, f"document.querySelector('#hits .name').innerText === {second!r}")
+    page.go_back()
+    until(page, "document.querySelector('#hits .name').innerText === '0005.png'")
+
+
+def test_a_dropped_and_a_pasted_picture_are_searched(page: Any, own: Place) -> None:
+    content = list(own.picture(9).read_bytes())
+    give = """([kind, content]) => {
+      const transfer = new DataTransfer();
+      transfer.items.add(new File([new Uint8Array(content)], "x.png", { type: "image/png" }));
+      const options = { bubbles: true, cancelable: true };
+      document.body.dispatchEvent(kind === "drop"
+        ? new DragEvent("drop", { ...options, dataTransfer: transfer })
+        : new ClipboardEvent("paste", { ...options, clipboardData: transfer }));
+    }"""
+    for kind in ("drop", "paste"):
+        page.evaluate(give, [kind, content])
+        until(page, "document.querySelector('#hits .line + .name')?.innerText === '0009.png'")
+        page.goto(page.url.partition("#")[0])
+        page.reload()
+
+
+def test_a_filter_narrows_and_a_wrong_one_is_explained(page: Any, own: Place) -> None:
+    search_with(page, own.picture(5))
+    page.keyboard.press("/")
+    page.wait_for_selector("#where:visible")
+    page.fill("#where", "name glob '000*'")
+    page.click("#filter-form button[type=submit]")
+    until(page, "[...document.querySelectorAll('#hits .name')].every(n => n.innerText.startsWith('000'))")
+    assert len(names(page)) == 10
+
+
+def test_a_wrong_condition_is_explained(browser: Any, address: str) -> None:
+    page = browser.new_context().new_page()  # the browser logs the refusal as an error
+    page.goto(address)
+    page.keyboard.press("/")
+    page.fill("#where", "nonsense = 1")
+    page.click("#filter-form button[type=submit]")
+    page.wait_for_selector("#where-error:visible")
+    assert "no such column" in page.inner_text("#where-error")
+    page.context.close()
+
+
+def test_the_detail_shows_both_pictures_and_walks_by_keys(page: Any, own: Place) -> None:
+    search_with(page, own.picture(5))
+    page.locator("#hits li a").first.focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#detail[open]")
+    assert page.inner_text("#detail-name") == names(page)[1]
+    assert page.is_visible("#query-picture")
+    page.keyboard.press("ArrowRight")
+    until(page, f"document.querySelector('#detail-name').innerText === {names(page)[2]!r}")
+    until(page, "document.querySelector('#facts').innerText.includes('32')")
+    page.keyboard.press("Escape")
+    assert not page.is_visible("#detail")
+
+
+def test_problems_duplicates_and_the_map_are_shown(page: Any) -> None:
+    page.click("#tab-problems")
+    page.wait_for_selector("#problem-rows tr")
+    assert "broken.jpg" in page.inner_text("#problem-rows")
+    page.click("#tab-duplicates")
+    page.wait_for_selector("#groups li")
+    assert "same.png" in page.inner_text("#groups")
+    page.click("#tab-map")
+    page.wait_for_selector("#points:visible")
+    drawn = """(() => {
+      const canvas = document.querySelector("#points");
+      const pixels = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
+      return new Set(new Uint32Array(pixels.buffer)).size > 1;
+    })()"""
+    until(page, drawn)
+
+
+def test_an_update_is_started_and_followed(page: Any, own: Place) -> None:
+    gallery(own.photos / "new", 3, first=200)
+    page.click("#tab-index")
+    page.wait_for_selector("#numbers li")
+    before = int(page.inner_text("#numbers li:first-child strong").replace(",", ""))
+    page.click("#update")
+    until(page, f"document.querySelector('#numbers li strong').innerText.replace(',', '') === '{before + 3}'")
+    assert "3" in page.inner_text("#job-text")
+
+
+def test_it_fits_a_phone_and_the_dark(browser: Any, address: str, own: Place) -> None:
+    context = browser.new_context(viewport={"width": 360, "height": 740}, color_scheme="dark", has_touch=True)
+    page = context.new_page()
+    page.goto(address)
+    search_with(page, own.picture(5))
+    for tab in ("search", "map", "duplicates", "problems", "index"):
+        page.click(f"#tab-{tab}")
+        page.wait_for_selector(f"#{tab}:visible")
+        width = page.evaluate("document.documentElement.scrollWidth")
+        assert width <= 360, tab
+    dark = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).map(Number)")
+    assert max(dark) < 80
+    context.close()
+
+
+def test_with_a_token_it_asks_for_it_once(browser: Any, own: Place) -> None:
+    process, address = start(own, MIMCO_TOKEN=TOKEN)
+    context = browser.new_context()
+    try:
+        page = context.new_page()
+        page.goto(address)
+        page.wait_for_selector("#sign-in[open]")
+        page.fill("#token", TOKEN)
+        page.click("#token-form button[type=submit]")
+        page.wait_for_selector("#hits li")
+        until(page, "document.querySelector('#hits img')?.naturalWidth > 0")
+        page.reload()
+        page.wait_for_selector("#hits li")
+        assert not page.is_visible("#sign-in")
+        other = browser.new_context()
+        linked = other.new_page()
+        linked.goto(f"{address}#token={TOKEN.replace(' ', '%20')}")
+        linked.wait_for_selector("#hits li")
+        assert TOKEN.split()[0] not in linked.url.partition("#")[2]
+        other.close()
+    finally:
+        context.close()
+        stop(process)

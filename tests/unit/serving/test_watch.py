@@ -1,0 +1,85 @@
+"""An index that follows its folders."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mimco_deploy.errors import IndexStoreError
+from mimco_deploy.serving.generations import writer_lock
+from mimco_deploy.serving.index import ImageIndex
+from mimco_deploy.serving.update import UpdateReport
+from mimco_deploy.serving.watch import watch_folders
+from tests.helpers import CountingEncoder, gallery, save
+
+WAIT_S = 30.0
+
+
+class Watch:
+    """A watch in a thread."""
+
+    def __init__(self, index: Path, folders: list[Path]) -> None:
+        self.reports: queue.Queue[UpdateReport] = queue.Queue()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(index, folders))
+        self._thread.start()
+
+    def _run(self, index: Path, folders: list[Path]) -> None:
+        for report in watch_folders(index, folders, CountingEncoder(), settle_s=0.1, stop=self._stop):
+            self.reports.put(report)
+
+    def next(self) -> UpdateReport:
+        return self.reports.get(timeout=WAIT_S)
+
+    def end(self) -> None:
+        self._stop.set()
+        self._thread.join(WAIT_S)
+        assert not self._thread.is_alive()
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    gallery(tmp_path / "photos", 5)
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def watch(photos: Path, tmp_path: Path) -> Iterator[Watch]:
+    watch = Watch(tmp_path / "index", [photos])
+    yield watch
+    watch.end()
+
+
+def test_what_comes_changes_and_goes_is_indexed(watch: Watch, photos: Path, tmp_path: Path) -> None:
+    assert watch.next().added == 5
+    save(photos / "new/0100.png", 100)
+    seen = watch.next()
+    while seen.counts.files < 6:
+        seen = watch.next()
+    assert seen.counts.files == 6
+    with ImageIndex.open(tmp_path / "index") as index:
+        assert photos.resolve() / "new/0100.png" in index.files()
+    (photos / "0000.png").unlink()
+    assert watch.next().counts.files == 5
+
+
+def test_it_waits_for_another_writer(photos: Path, tmp_path: Path) -> None:
+    with writer_lock(tmp_path / "index"):
+        watch = Watch(tmp_path / "index", [photos])
+        with pytest.raises(queue.Empty):
+            watch.reports.get(timeout=0.5)
+    try:
+        assert watch.next().added == 5
+    finally:
+        watch.end()
+
+
+def test_a_folder_that_is_not_there_and_nothing_to_watch_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(IndexStoreError, match="does not exist"):
+        next(watch_folders(tmp_path / "index", [tmp_path / "none"], CountingEncoder()))
+    with pytest.raises(IndexStoreError, match="no folder to index"):
+        next(watch_folders(tmp_path / "index", [], CountingEncoder()))
