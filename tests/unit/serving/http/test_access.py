@@ -121,6 +121,11 @@ def test_a_port_that_is_taken_is_told_in_a_line() -> None:
         listen("127.0.0.1", taken.getsockname()[1])
 
 
+def test_answers_are_not_held_back_by_nagle() -> None:
+    with listen("127.0.0.1", 0) as listening:
+        assert listening.proto == socket.IPPROTO_TCP, "asyncio looks at it before it sets TCP_NODELAY"
+
+
 def test_nothing_is_asked_of_any_other_machine(place: Place, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     del tmp_path
 
