@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -47,8 +47,8 @@ Result = TypeVar("Result")
 Upload = Callable[[], Awaitable[bytes]]
 """Gives the bytes of an uploaded file; asked when it is this file's turn, so that few are in memory at once."""
 
-_SEARCHES = 4
-"""At once. FAISS uses all cores for one."""
+_SEARCHES, _READING_WAITING = 4, 128
+"""Searches at once, and with those that wait. FAISS uses all cores for one."""
 _FILTERED, _FILTERED_WAITING = 2, 8
 """Searches with conditions, at once and with those that wait; others do not wait for what may take long."""
 _CONDITION_S = 3.0
@@ -115,7 +115,8 @@ class Service:
         self._drawing = ThreadPoolExecutor(max(1, cpus // 2), thread_name_prefix="mimco-thumbnail")
         self._searching = ThreadPoolExecutor(_SEARCHES, thread_name_prefix="mimco-search")
         self._filtering = ThreadPoolExecutor(_FILTERED, thread_name_prefix="mimco-filter")
-        self._filtered = 0
+        self._reading: set[asyncio.Future[Any]] = set()
+        self._filtering_now: set[asyncio.Future[Any]] = set()
 
     def prepare(self) -> None:
         """Load the encoder and open the index, so that what is wrong with them shows before anything runs.
@@ -235,13 +236,12 @@ class Service:
             ImageError: it cannot be decoded any more.
         """
         path = await self.file_of(content)
-        decoders = self.now.decoders
+        draw = self.now.decoders.thumbnail
         try:
-            return (await asyncio.get_running_loop().run_in_executor(self._drawing, decoders.thumbnail, path, side_px))[
-                1
-            ]
+            _, small = await asyncio.get_running_loop().run_in_executor(self._drawing, draw, path, side_px)
         except FileNotFoundError:
             raise GoneError(f"the picture {content[:12]}… is gone", command="mimco index") from None
+        return small
 
     # ------------------------------------------------------------------------------------------------- inside
 
@@ -277,20 +277,19 @@ class Service:
     async def _read(
         self, now: _Running, work: Callable[[ImageIndex], Result], condition: Filter | None = None
     ) -> Result:
-        loop = asyncio.get_running_loop()
-        if not condition:
-            return await loop.run_in_executor(self._searching, work, now.index)
-        if self._filtered >= _FILTERED_WAITING:
+        pool, waiting, most = self._searching, self._reading, _READING_WAITING
+        if condition:
+            pool, waiting, most = self._filtering, self._filtering_now, _FILTERED_WAITING
+        if len(waiting) >= most:
             raise BusyError(1)
-        self._filtered += 1
-        task = loop.run_in_executor(self._filtering, work, now.index)
-        task.add_done_callback(self._filter_ended)  # also where nobody waits for it any more
-        return await asyncio.shield(task)
-
-    def _filter_ended(self, task: asyncio.Future[Result]) -> None:
-        self._filtered -= 1
-        if not task.cancelled():
-            task.exception()  # may be of no interest any more
+        task = asyncio.get_running_loop().run_in_executor(pool, work, now.index)
+        waiting.add(task)
+        task.add_done_callback(waiting.discard)  # also where nobody waits for it any more
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())
+            raise
 
     async def _query_embedding(
         self,
