@@ -23,6 +23,7 @@ Root = Annotated[str | None, Query(max_length=4096, pattern=r"^[^\x00]*$")]
 Limit = Annotated[int, Query(ge=1, le=500)]
 # Contents never change under their id; a browser that must show a token still asks each session anew.
 _FOR_EVER = "private, max-age=31536000, immutable"
+_BINARY = {"schema": {"type": "string", "format": "binary"}}
 _SHOWN_BY_BROWSERS = {
     ".jpg": "image/jpeg",
     ".jpeg": "image/jpeg",
@@ -60,7 +61,10 @@ async def get_picture(shared: Shared, id: PictureId) -> schemas.Picture:
     response_class=FileResponse,
     responses={
         **refusals(404, 410),
-        200: {"description": "The file", "content": {"image/*": {"schema": {"type": "string", "format": "binary"}}}},
+        200: {
+            "description": "The file; a download where browsers do not show its kind",
+            "content": dict.fromkeys(("image/*", "application/octet-stream"), _BINARY),
+        },
         206: {"description": "A part of it"},
         304: {"description": "As it was"},
         400: {"description": "A range that cannot be read"},
@@ -89,7 +93,7 @@ async def get_file(shared: Shared, request: Request, id: PictureId) -> Response:
     response_class=Response,
     responses={
         **refusals(404, 410, 413),
-        200: {"description": "Upright", "content": {"image/jpeg": {"schema": {"type": "string", "format": "binary"}}}},
+        200: {"description": "Upright", "content": {"image/jpeg": _BINARY}},
         304: {"description": "As it was"},
     },
     tags=["pictures"],
