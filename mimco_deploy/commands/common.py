@@ -102,6 +102,23 @@ def encoder_path(workspace: Workspace, given: Path | None) -> Path:
     return given or recorded_encoder(workspace.index) or workspace.encoder
 
 
+def path_to_record(workspace: Workspace, bundle: Path) -> Path | None:
+    """What an index notes of its encoder: nothing where it is the workspace's own, which may be moved with it."""
+    return None if bundle.absolute() == workspace.encoder.absolute() else bundle
+
+
+def file_timeout_option(default_s: float) -> Callable[[FunctionT], FunctionT]:
+    """The option that bounds the decoding of a file."""
+    return click.option(
+        "--file-timeout",
+        type=click.FloatRange(min=0.1),
+        default=default_s,
+        show_default=True,
+        metavar="SECONDS",
+        help="After which a file is given up.",
+    )
+
+
 def load_encoder(workspace: Workspace, encoder: Path | None, device: Device, strict: bool) -> Encoder:
     """The encoder that `runtime_options` ask for."""
     from mimco_deploy.serving.encoders import load_encoder as load

@@ -12,7 +12,9 @@ from mimco_deploy.commands.common import (
     Folder,
     FunctionT,
     encoder_path,
+    file_timeout_option,
     json_option,
+    path_to_record,
     print_json,
     run_by,
     runtime_options,
@@ -70,14 +72,7 @@ def _update_options(function: FunctionT) -> FunctionT:
             type=click.IntRange(min=1),
             help="Pictures embedded at once.  [default: 16 on a CPU, else 64]",
         ),
-        click.option(
-            "--file-timeout",
-            type=click.FloatRange(min=0.1),
-            default=60.0,
-            show_default=True,
-            metavar="SECONDS",
-            help="After which a file is given up.",
-        ),
+        file_timeout_option(60.0),
         click.option(
             "--file-memory",
             type=click.IntRange(min=256),
@@ -151,14 +146,13 @@ def _update(
 
     del options["encoder"]
     encoder = LazyEncoder(bundle, device, strict=strict)
-    own = bundle.absolute() == workspace.encoder.absolute()
     with indexing_bar() as show:
         report = update_index(
             workspace.index,
             folders,
             encoder,
             limits=Limits(seconds=file_timeout, memory_mib=file_memory),
-            encoder_path=None if own else bundle,
+            encoder_path=path_to_record(workspace, bundle),
             on_progress=show,
             **options,
         )

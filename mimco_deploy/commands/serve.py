@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mimco_deploy.commands.common import AnyPath, Folder, encoder_path, extra, runtime_options
+from mimco_deploy.commands.common import (
+    AnyPath,
+    Folder,
+    encoder_path,
+    extra,
+    file_timeout_option,
+    path_to_record,
+    runtime_options,
+)
 from mimco_deploy.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -23,14 +31,7 @@ if TYPE_CHECKING:
 @click.option(
     "--max-upload", type=click.IntRange(1, 1024), default=32, show_default=True, metavar="MIB", help="Of one request."
 )
-@click.option(
-    "--file-timeout",
-    type=click.FloatRange(min=0.1),
-    default=20.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="After which a picture is given up.",
-)
+@file_timeout_option(20.0)
 @runtime_options
 @click.pass_obj
 def serve(
@@ -90,9 +91,10 @@ def watch(workspace: Workspace, /, folders: tuple[Path, ...], settle: float, **r
         from mimco_deploy.serving.watch import watch_folders
 
     bundle = encoder_path(workspace, runtime["encoder"])
-    own = bundle.absolute() == workspace.encoder.absolute()
     encoder = LazyEncoder(bundle, runtime["device"], strict=runtime["strict"])
-    reports = watch_folders(workspace.index, folders, encoder, settle_s=settle, encoder_path=None if own else bundle)
+    reports = watch_folders(
+        workspace.index, folders, encoder, settle_s=settle, encoder_path=path_to_record(workspace, bundle)
+    )
     with contextlib.suppress(KeyboardInterrupt):  # how it ends
         for report in reports:
             click.echo(

@@ -104,6 +104,11 @@ class Listed(NamedTuple):
     facts: Facts
 
 
+def as_listed(root: bytes, path: bytes, size: int, mtime_ns: int, row: int, sha256: bytes, *facts: Any) -> Listed:
+    """A file as the catalogue has it, from the columns of a query; the facts in the order of `Facts`."""
+    return Listed(os.fsdecode(root), os.fsdecode(path), Stamp(size, mtime_ns), row, sha256, Facts(*facts))
+
+
 @dataclass(frozen=True)
 class NewContent:
     """A content that was embedded."""
@@ -332,12 +337,12 @@ class Catalog:
             f"SELECT roots.path, files.path, size, mtime_ns, row, {_CONTENT} FROM files JOIN contents USING (row)"
             " JOIN roots ON roots.id = root_id ORDER BY root_id, files.path"
         ):
-            yield Listed(os.fsdecode(root), os.fsdecode(path), Stamp(size, mtime_ns), row, sha256, Facts(*facts))
+            yield as_listed(root, path, size, mtime_ns, row, sha256, *facts)
 
     def files_with(self, sha256: bytes) -> list[Listed]:
         """The files of one content, by root and path; none where the index does not hold it."""
         return [
-            Listed(os.fsdecode(root), os.fsdecode(path), Stamp(size, mtime_ns), row, sha256, Facts(*facts))
+            as_listed(root, path, size, mtime_ns, row, sha256, *facts)
             for root, path, size, mtime_ns, row, _, _, *facts in self._db.execute(
                 f"SELECT roots.path, files.path, size, mtime_ns, row, {_CONTENT} FROM contents JOIN files USING (row)"
                 " JOIN roots ON roots.id = root_id WHERE sha256 = ? ORDER BY roots.path, files.path",

@@ -306,9 +306,9 @@ class Client:
         """Groups of copies and near duplicates. Nothing is moved.
 
         Args:
-            min_score: least cosine with the best one of a group, in [0.5, 1].
+            min_score: cosine from which two pictures count as the same, in [0.5, 1].
             root: only pictures in this folder or below.
-            limit: most groups, 1 to 500.
+            limit: most groups, 1 to 10,000.
 
         Raises:
             ServiceError: an argument is out of range.

@@ -22,10 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from mimco_deploy.errors import ConfigError
-from mimco_deploy.images import Facts
-from mimco_deploy.serving.catalog import Listed
+from mimco_deploy.serving.catalog import Listed, as_listed
 from mimco_deploy.serving.interchange import import_pyarrow
-from mimco_deploy.serving.scan import Stamp, readable
+from mimco_deploy.serving.scan import readable
 
 COLUMNS = {
     "path": "absolute",
@@ -159,12 +158,7 @@ class FilteredFiles:
         columns = "root_bytes, path_bytes, bytes, mtime_ns, row, sha256, width_px, height_px, taken, camera"
         place = f"(root_bytes, path_bytes) > (x'{after[0].hex()}', x'{after[1].hex()}')"
         order = f"ORDER BY root_bytes, path_bytes LIMIT {int(limit)}"
-        return [
-            Listed(os.fsdecode(root), os.fsdecode(path), Stamp(size, mtime_ns), row, sha256, Facts(*facts))
-            for root, path, size, mtime_ns, row, sha256, *facts in self._select(
-                f"SELECT {columns}", condition, f" AND {place} {order}"
-            )
-        ]
+        return [as_listed(*one) for one in self._select(f"SELECT {columns}", condition, f" AND {place} {order}")]
 
     def prepare(self, condition: Filter) -> None:
         """Load the side table of a condition. Outside of any transaction, which would take it back.

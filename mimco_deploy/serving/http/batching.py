@@ -99,7 +99,7 @@ class Batcher:
         pace: of the encoder.
         window_s: how long a batch waits for pictures that are being decoded.
         room: most pictures admitted; None for what the pace says.
-        on_batch: told the size of each batch and how long it took, in seconds.
+        on_batch: told the size of each batch.
     """
 
     def __init__(
@@ -109,14 +109,14 @@ class Batcher:
         *,
         window_s: float = 0.002,
         room: int | None = None,
-        on_batch: Callable[[int, float], None] | None = None,
+        on_batch: Callable[[int], None] | None = None,
     ) -> None:
         self.pace = pace
         self.room = room or pace.room
         self.admitted = 0
         """Pictures between admission and embedding."""
         self._embed, self._window_s = embed, window_s
-        self._on_batch = on_batch or (lambda _count, _seconds: None)
+        self._on_batch = on_batch or (lambda _count: None)
         self._queue: asyncio.Queue[_Waiting] = asyncio.Queue()
         self._left = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mimco-encoder")
@@ -208,7 +208,7 @@ class Batcher:
                     if not one.embedding.done():
                         one.embedding.set_exception(error)
                 continue
-            self._on_batch(len(batch), time.perf_counter() - start)
+            self._on_batch(len(batch))
             for one, embedding in zip(batch, embeddings, strict=True):
                 if not one.embedding.done():
                     one.embedding.set_result((embedding, start - one.since))

@@ -66,7 +66,7 @@ def parts_of(query: schemas.Query | None, uploads: Sequence[Upload]) -> schemas.
     query = query or schemas.Query()  # type: ignore[call-arg]  # all of it has defaults
     if query.parts is None:
         if not 1 <= len(uploads) <= schemas.MAX_PARTS:
-            raise _invalid("file", f"{len(uploads)} pictures, expected 1 to {schemas.MAX_PARTS}, or parts")
+            raise invalid("file", f"{len(uploads)} pictures, expected 1 to {schemas.MAX_PARTS}, or parts")
         parts = [schemas.QueryPart(upload=number) for number in range(len(uploads))]  # type: ignore[call-arg]
         return query.model_copy(update={"parts": parts})
     for part in query.parts:
@@ -81,11 +81,11 @@ def check_part(part: schemas.QueryPart, uploads: Sequence[Upload]) -> None:
         RequestValidationError: it does not.
     """
     if sum(name is not None for name in (part.upload, part.id, part.path)) != 1:
-        raise _invalid("parts", "each names one of upload, id and path")
+        raise invalid("parts", "each names one of upload, id and path")
     if part.upload is not None and part.upload >= len(uploads):
-        raise _invalid("upload", f"{part.upload}, but the form has {len(uploads)} files")
+        raise invalid("upload", f"{part.upload}, but the form has {len(uploads)} files")
     if part.crop is not None and not (part.crop[2] > 0 and part.crop[3] > 0):
-        raise _invalid("crop", "width and height are above 0")
+        raise invalid("crop", "width and height are above 0")
 
 
 def json_content(model: str) -> dict[str, Any]:
@@ -94,28 +94,20 @@ def json_content(model: str) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
-def form_content(model: str, *, required: bool) -> dict[str, Any]:
-    """What OpenAPI says of such a body.
-
-    Args:
-        model: name of the schema.
-        required: whether files are, in a form, and JSON alone will not do.
-    """
-    form = {
-        "type": "object",
-        "properties": {
-            "request": {"$ref": f"#/components/schemas/{model}"},
-            "file": {"type": "array", "items": {"type": "string", "format": "binary"}},
-        },
-        "additionalProperties": False,
-        **({"required": ["file"]} if required else {}),
+def form_content(model: str | None) -> dict[str, Any]:
+    """What OpenAPI says of a body that is JSON, or a form of JSON and files; where `model` is None, a form of files."""
+    properties: dict[str, Any] = {"file": {"type": "array", "items": {"type": "string", "format": "binary"}}}
+    form = {"type": "object", "properties": properties, "additionalProperties": False}
+    if model is None:
+        content = {"multipart/form-data": {"schema": form | {"required": ["file"]}}}
+        return {"requestBody": {"required": True, "content": content}}
+    body = json_content(model)
+    properties["request"] = {"$ref": f"#/components/schemas/{model}"}
+    body["requestBody"]["content"]["multipart/form-data"] = {
+        "schema": form,
+        "encoding": {"request": {"contentType": "application/json"}},
     }
-    content: dict[str, Any] = {
-        "multipart/form-data": {"schema": form, "encoding": {"request": {"contentType": "application/json"}}}
-    }
-    if not required:
-        content["application/json"] = {"schema": {"$ref": f"#/components/schemas/{model}"}}
-    return {"requestBody": {"required": True, "content": content}}
+    return body
 
 
 def _read_form(form: FormData, model: type[Model]) -> Body[Model]:
@@ -127,10 +119,10 @@ def _read_form(form: FormData, model: type[Model]) -> Body[Model]:
         elif name == "request":
             content = value if isinstance(value, str) else None
             if content is None:
-                raise _invalid("request", "a field of JSON, not a file")
+                raise invalid("request", "a field of JSON, not a file")
             document = _parse(model, content.encode(errors="surrogatepass"))
         else:
-            raise _invalid(name[:50], "unknown, expected request and file")
+            raise invalid(name[:50], "unknown, expected request and file")
     return Body(document, uploads)
 
 
@@ -157,5 +149,6 @@ def _parse(model: type[Model], content: bytes) -> Model:
         raise RequestValidationError(error.errors(include_url=False, include_input=False)) from None
 
 
-def _invalid(field: str, message: str) -> RequestValidationError:
+def invalid(field: str, message: str) -> RequestValidationError:
+    """What is wrong with one field of a body."""
     return RequestValidationError([{"loc": ("body", field), "msg": message, "type": "value_error"}])

@@ -6,11 +6,10 @@ from typing import Annotated
 
 import numpy as np
 from fastapi import APIRouter, Header, Request
-from fastapi.exceptions import RequestValidationError
 from starlette.responses import Response
 
 from mimco_deploy.serving.http import schemas
-from mimco_deploy.serving.http.bodies import check_part, form_content, parts_of, read_body
+from mimco_deploy.serving.http.bodies import check_part, form_content, invalid, parts_of, read_body
 from mimco_deploy.serving.http.context import Shared, refusals
 
 router = APIRouter(prefix="/v1", tags=["search"])
@@ -23,7 +22,7 @@ _BODY = (400, 408, 413, 415)
     "/search",
     response_model=schemas.Answer,
     responses=refusals(404, 409, 410, *_BODY),
-    openapi_extra=form_content("Query", required=False),
+    openapi_extra=form_content("Query"),
 )
 async def search(request: Request, shared: Shared) -> schemas.Answer:
     """Find the pictures most like one picture, a part of one, or several with weights."""
@@ -31,7 +30,7 @@ async def search(request: Request, shared: Shared) -> schemas.Answer:
     async with read_body(request, schemas.Query, schemas.MAX_PARTS) as body:
         query = parts_of(body.document, body.uploads)
         if query.rerank and query.k > schemas.MAX_RERANKED_K:
-            raise _invalid("k", f"{query.k} with rerank, expected at most {schemas.MAX_RERANKED_K}")
+            raise invalid("k", f"{query.k} with rerank, expected at most {schemas.MAX_RERANKED_K}")
         return await shared.service.search(query, body.uploads)
 
 
@@ -39,7 +38,7 @@ async def search(request: Request, shared: Shared) -> schemas.Answer:
     "/search/batch",
     response_model=schemas.Answers,
     responses=refusals(404, 410, *_BODY),
-    openapi_extra=form_content("Batch", required=False),
+    openapi_extra=form_content("Batch"),
 )
 async def search_batch(request: Request, shared: Shared) -> schemas.Answers:
     """Answer several queries. A form without `request` asks for each of its files."""
@@ -50,12 +49,12 @@ async def search_batch(request: Request, shared: Shared) -> schemas.Answers:
                 for number in range(len(body.uploads))
             ]
             if not asked:
-                raise _invalid("file", "none")
+                raise invalid("file", "none")
         else:
             asked = body.document.queries
         for query in asked:
             if query.parts is None or query.rerank:
-                raise _invalid("queries", "each of a batch has parts, and none is reranked")
+                raise invalid("queries", "each of a batch has parts, and none is reranked")
         queries = [parts_of(query, body.uploads) for query in asked]
         return schemas.Answers(answers=await shared.service.search_all(queries, body.uploads))
 
@@ -70,7 +69,7 @@ async def search_batch(request: Request, shared: Shared) -> schemas.Answers:
             "content": {_FLOATS: {"schema": {"type": "string", "format": "binary"}}},
         },
     },
-    openapi_extra=form_content("Query", required=True),
+    openapi_extra=form_content(None),
 )
 async def embed(
     request: Request, shared: Shared, accept: Annotated[str, Header()] = "application/json"
@@ -78,7 +77,7 @@ async def embed(
     """Embed the pictures of a form."""
     async with read_body(request, schemas.Query, schemas.MAX_QUERIES) as body:
         if body.document is not None or not body.uploads:
-            raise _invalid("file", "only pictures, at least one")
+            raise invalid("file", "only pictures, at least one")
         spec, embeddings = await shared.service.embed(body.uploads)
     if accept.partition(";")[0].strip().lower() == _FLOATS:
         headers = {"X-Mimco-Shape": "x".join(map(str, embeddings.shape)), "X-Mimco-Fingerprint": spec.fingerprint}
@@ -94,14 +93,14 @@ async def embed(
     "/why",
     response_model=schemas.Why,
     responses=refusals(404, 409, 410, *_BODY),
-    openapi_extra=form_content("WhyRequest", required=False),
+    openapi_extra=form_content("WhyRequest"),
 )
 async def why(request: Request, shared: Shared) -> schemas.Why:
     """Where a picture and a hit are alike, part by part. Needs an encoder with patch tokens."""
     _refuse_early(request, shared)
     async with read_body(request, schemas.WhyRequest, 1) as body:
         if body.document is None:
-            raise _invalid("request", "missing")
+            raise invalid("request", "missing")
         check_part(body.document.query, body.uploads)
         return await shared.service.why(body.document, body.uploads)
 
@@ -111,7 +110,3 @@ def _refuse_early(request: Request, shared: Shared) -> None:
     batcher = shared.service.now.batcher
     if batcher.full and request.headers.get("content-type", "").lower().startswith("multipart/"):
         raise batcher.busy()
-
-
-def _invalid(field: str, message: str) -> RequestValidationError:
-    return RequestValidationError([{"loc": ("body", field), "msg": message, "type": "value_error"}])

@@ -308,11 +308,9 @@ class Service:
         fresh = [(number, part) for number, part in enumerate(parts) if number not in stored]
         if fresh:
             async with now.batcher.admit(len(fresh), patient=patient):
-                self.metrics.queued.set(now.batcher.admitted)
                 contents = await asyncio.gather(*(self._content(now, part, uploads) for _, part in fresh))
                 watch.lap("decode")
                 embeddings, waited_s = await now.batcher.embed([_pixels(content) for content in contents])
-            self.metrics.queued.set(now.batcher.admitted)
             watch.lap("embed")
             watch.laps_ms["wait"] = waited_s * 1e3
             watch.laps_ms["embed"] -= waited_s * 1e3
@@ -434,7 +432,7 @@ class Service:
             time_encoder(encoder.embed, encoder.spec.image_size_px),
             window_s=settings.window_ms / 1e3,
             room=settings.queue,
-            on_batch=lambda count, _: self.metrics.batches.observe(count),
+            on_batch=self.metrics.batches.observe,
         )
         self.metrics.room.set(batcher.room)
         decoders = DecodePool(encoder.spec, settings.decode)

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from mimco_deploy.errors import ConfigError, IndexStoreError
+from mimco_deploy.errors import ConfigError
 from mimco_deploy.serving.catalog import Listed
 from mimco_deploy.serving.filters import COLUMNS
 from mimco_deploy.serving.generations import writing_process
@@ -91,18 +91,17 @@ class Views:
         """Groups of copies and near duplicates."""
         from mimco_deploy.serving.duplicates import Group, Member, find_duplicates
 
-        below = self._service.condition("", root).root
+        condition = self._service.condition("", root)
+        below = condition.root
         known = await self._service.read(lambda index: index.roots())
         if below is not None and not any(below.is_relative_to(one) or one.is_relative_to(below) for one in known):
             raise ConfigError(f"no indexed folder lies in {root}", expected="a folder that the index status lists")
 
+        if not await self._service.read(lambda index: index.page(condition, _place(None), 1), condition):
+            return schemas.Duplicates(groups=[], total=0)
+
         def compute() -> list[Group]:
-            try:
-                return find_duplicates(self._service.path, min_score, below)
-            except IndexStoreError:
-                if below is None and self._service.now.index.picture_count():
-                    raise
-                return []  # of nothing
+            return find_duplicates(self._service.path, min_score, below)
 
         def file(member: Member) -> schemas.DuplicateFile:
             return schemas.DuplicateFile(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -126,8 +125,7 @@ def test_answers_are_not_held_back_by_nagle() -> None:
         assert listening.proto == socket.IPPROTO_TCP, "asyncio looks at it before it sets TCP_NODELAY"
 
 
-def test_nothing_is_asked_of_any_other_machine(place: Place, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    del tmp_path
+def test_nothing_is_asked_of_any_other_machine(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("something was to leave this machine")

@@ -155,7 +155,7 @@ def test_what_waits_together_is_embedded_together_and_nobody_gets_anothers() -> 
     sizes: list[int] = []
 
     async def run() -> list[float]:
-        batcher = Batcher(embed_by_sum, PACE, window_s=0.02, room=64, on_batch=lambda count, _: sizes.append(count))
+        batcher = Batcher(embed_by_sum, PACE, window_s=0.02, room=64, on_batch=sizes.append)
         batcher.start()
 
         async def one(value: int) -> float:
@@ -226,7 +226,7 @@ def test_nobody_embeds_for_who_has_left() -> None:
         return embed_by_sum(pixels)
 
     async def run() -> None:
-        batcher = Batcher(embed, PACE, room=10, on_batch=lambda count, _: sizes.append(count))
+        batcher = Batcher(embed, PACE, room=10, on_batch=sizes.append)
         batcher.start()
         first = asyncio.create_task(batcher.embed([picture(1)]))
         await asyncio.sleep(0.05)
