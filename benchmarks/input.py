@@ -33,9 +33,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from mimco_deploy.sources import Picture, find_pictures
 from mimco_deploy.training.augment import OneCrop, TwoViews
 from mimco_deploy.training.config import DataConfig, MaskConfig, RunConfig, ViewsConfig
-from mimco_deploy.training.corpus import Picture, find_pictures, load_corpus
+from mimco_deploy.training.corpus import load_corpus
 from mimco_deploy.training.data import StepSampler, load_batches
 from mimco_deploy.training.masking import draw_mask, mask_shape
 from mimco_deploy.training.presets import vit_small

@@ -33,9 +33,9 @@ from mimco_deploy.export.pipeline import export_encoder
 from mimco_deploy.export.student import EncoderModule, from_checkpoint
 from mimco_deploy.preprocess import preprocess
 from mimco_deploy.serving.encoders import load_encoder
+from mimco_deploy.sources import Picture, find_pictures
 from mimco_deploy.training.backbone import CROP_SHARE, Backbone
 from mimco_deploy.training.checkpoint import read_checkpoint
-from mimco_deploy.training.corpus import Picture, find_pictures
 from mimco_deploy.training.loop import StepReport
 from mimco_deploy.training.presets import PRESETS, Recipe
 from mimco_deploy.training.settings import apply_settings

@@ -19,8 +19,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mimco_deploy.errors import ConfigError
+from mimco_deploy.sources import find_pictures
 from mimco_deploy.training.config import Stage1Config, Stage2Config
-from mimco_deploy.training.corpus import find_pictures
 from mimco_deploy.training.data import MakeViews, Views, fewest_parts, fit_batch
 from mimco_deploy.training.distributed import world_size
 from mimco_deploy.training.published import load_teacher

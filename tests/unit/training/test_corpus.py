@@ -17,8 +17,9 @@ from PIL import Image
 
 from mimco_deploy.drawings import draw
 from mimco_deploy.errors import DataError, ImageError
+from mimco_deploy.sources import Picture, find_pictures
 from mimco_deploy.training.config import DataConfig
-from mimco_deploy.training.corpus import Corpus, Picture, find_pictures, load_corpus
+from mimco_deploy.training.corpus import Corpus, load_corpus
 from tests.helpers import gallery, noise, save
 
 
