@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "$(PYTHON) is $$($(PYTHON) -V 2>&1); mimco needs Python 3.11 or newer: make PYTHON=python3.12 …" >&2; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[$(RUNTIME),train,export,serve,tensorrt-rtx,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[$(RUNTIME),train,export,eval,serve,tensorrt-rtx,dev]"
 	@touch $@
 
 demo: $(STAMP) ## train both stages, export, index and search; IMAGES=dir takes your own folder

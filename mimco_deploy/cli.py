@@ -10,6 +10,7 @@ from mimco_deploy import __version__
 from mimco_deploy.commands.bench import bench, doctor
 from mimco_deploy.commands.common import IS_MAIN_PROCESS, Folder, Group, set_up_logging
 from mimco_deploy.commands.dupes import dupes, leaks
+from mimco_deploy.commands.eval import eval_
 from mimco_deploy.commands.export import export
 from mimco_deploy.commands.index import index
 from mimco_deploy.commands.map import map_
@@ -31,6 +32,7 @@ def main(ctx: click.Context, workspace: Path | None, verbose: bool) -> None:
     mimco train stage1 --data ./photos    a contrastive teacher
     mimco train stage2                    the student, against that teacher
     mimco export --format onnx            the student as a bundle that proves itself
+    mimco eval ./photos                   how well it does, with classes or without
     mimco index ./photos                  an index over folders
     mimco search query.jpg                the pictures most like this one
     mimco serve                           the same over HTTP, and in a page
@@ -41,6 +43,7 @@ def main(ctx: click.Context, workspace: Path | None, verbose: bool) -> None:
 
 main.add_command(train)
 main.add_command(export)
+main.add_command(eval_)
 main.add_command(bench)
 main.add_command(doctor)
 main.add_command(index)

@@ -18,6 +18,7 @@ and exits with 1; anything that is not a `MimcoError` is a defect of mimco and k
     ├── ProviderError          a device or runtime that was asked for and does not run
     ├── IndexStoreError        an index that is missing, broken or held by another writer
     ├── EncoderMismatchError   an index made by another encoder
+    ├── EvaluationError        pictures, labels or a ground truth that cannot be measured with
     ├── MoveError              pictures that cannot be moved out of the way, or back
     └── ServiceError           `mimco serve` refused or does not answer (serving/client.py)
 """
@@ -129,6 +130,10 @@ class IndexStoreError(MimcoError):
 
 class EncoderMismatchError(MimcoError):
     """An index made by another encoder than the one at hand."""
+
+
+class EvaluationError(MimcoError):
+    """Pictures, labels or a ground truth that cannot be measured with."""
 
 
 class MoveError(MimcoError):

@@ -3,6 +3,8 @@
     .mimco/
     ├── stage1/   the teacher's run: last/, log.jsonl, events.*
     ├── stage2/   the student's run, likewise
+    ├── finetune/ an encoder trained on with labels: last/, log.jsonl
+    ├── linear/   a linear probe of an encoder, likewise
     ├── encoder/  the exported bundle
     └── index/    catalogue and vectors
 
@@ -36,6 +38,16 @@ class Workspace:
     def stage2(self) -> Path:
         """The stage-2 run."""
         return self.path / "stage2"
+
+    @property
+    def finetune(self) -> Path:
+        """The run of fine-tuning."""
+        return self.path / "finetune"
+
+    @property
+    def linear(self) -> Path:
+        """The run of a linear probe."""
+        return self.path / "linear"
 
     @property
     def encoder(self) -> Path:

@@ -11,7 +11,8 @@ import click
 
 from mimco_deploy.atomic import current_dir
 from mimco_deploy.commands.common import AnyPath, Folder, json_option, print_json
-from mimco_deploy.errors import MimcoError, ProviderError
+from mimco_deploy.errors import ConfigError, MimcoError, ProviderError
+from mimco_deploy.shipped import SHIPPED_ENCODER, encoder_of
 from mimco_deploy.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 @click.command()
-@click.option("--encoder", type=AnyPath, help="Bundle.  [default: the workspace's encoder]")
+@click.option("--encoder", type=AnyPath, help="Bundle.  [default: the workspace's encoder, else mimco's]")
 @click.option("--check", type=Folder, help="Count neighbours among pictures of this folder.  [default: drawn ones]")
 @click.option(
     "--batch-size",
@@ -61,8 +62,10 @@ def bench(
     from mimco_deploy.serving.sample import draw_pictures, sample_folder
     from mimco_deploy.terminal import counting_bar, print_table
 
-    path = encoder or workspace.encoder
+    path = encoder or encoder_of(workspace)
     bundle = read_bundle(path)
+    if pick and path == SHIPPED_ENCODER:
+        raise ConfigError("--pick for the encoder that comes with mimco", expected="one of your own: --encoder BUNDLE")
     if pick:
         benching.check_can_pick(path)
     spec = bundle.spec

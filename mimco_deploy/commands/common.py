@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from mimco_deploy.errors import MimcoError, MissingExtraError
+from mimco_deploy.shipped import NAME, SHIPPED_ENCODER, encoder_of
 from mimco_deploy.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def runtime_options(function: FunctionT) -> FunctionT:
         click.option(
             "--encoder",
             type=AnyPath,
-            help="Bundle: folder, .zip or .tar.  [default: the index's, else the workspace's]",
+            help="Bundle: folder, .zip or .tar.  [default: the index's, else the workspace's, else mimco's]",
         ),
         click.option(
             "--device",
@@ -96,15 +97,32 @@ def runtime_options(function: FunctionT) -> FunctionT:
 
 
 def encoder_path(workspace: Workspace, given: Path | None) -> Path:
-    """The bundle to use: the one given, else the one that the index was made with, else the workspace's."""
+    """The bundle to use: the one given, else the one that the index was made with, else the workspace's.
+
+    Where the workspace has none, the one that comes with mimco.
+    """
     from mimco_deploy.serving.inspect import recorded_encoder
 
-    return given or recorded_encoder(workspace.index) or workspace.encoder
+    return given or recorded_encoder(workspace.index) or encoder_of(workspace)
+
+
+def say_if_shipped(bundle: Path) -> None:
+    """Tell in one line that the encoder is the one that comes with mimco."""
+    if bundle == SHIPPED_ENCODER:
+        click.echo(
+            f"no encoder here yet: {NAME} is used, small and general, which comes with mimco; "
+            "`mimco train stage1 --data DIR` begins one of your own",
+            err=True,
+        )
 
 
 def path_to_record(workspace: Workspace, bundle: Path) -> Path | None:
-    """What an index notes of its encoder: nothing where it is the workspace's own, which may be moved with it."""
-    return None if bundle.absolute() == workspace.encoder.absolute() else bundle
+    """What an index notes of its encoder: nothing where it is the workspace's own, which may be moved with it.
+
+    Nor where it is the one that comes with mimco: that is found without, and one of the workspace's own shall not be
+    passed over for it later.
+    """
+    return None if bundle.absolute() in (workspace.encoder.absolute(), SHIPPED_ENCODER) else bundle
 
 
 def file_timeout_option(default_s: float) -> Callable[[FunctionT], FunctionT]:

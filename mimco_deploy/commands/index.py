@@ -18,8 +18,10 @@ from mimco_deploy.commands.common import (
     print_json,
     run_by,
     runtime_options,
+    say_if_shipped,
 )
 from mimco_deploy.errors import IndexStoreError
+from mimco_deploy.shipped import encoder_of
 from mimco_deploy.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -124,7 +126,7 @@ def reindex(workspace: Workspace, /, folders: tuple[Path, ...], **options: Any) 
     All indexed folders and FOLDERS. The encoder is the workspace's, or the one given. Searches see the old index
     meanwhile. What was cut short goes on where it stopped.
     """
-    _update(workspace, folders, options["encoder"] or workspace.encoder, rebuild=True, **options)
+    _update(workspace, folders, options["encoder"] or encoder_of(workspace), rebuild=True, **options)
 
 
 def _update(
@@ -145,6 +147,7 @@ def _update(
     from mimco_deploy.terminal import indexing_bar
 
     del options["encoder"]
+    say_if_shipped(bundle)
     encoder = LazyEncoder(bundle, device, strict=strict)
     with indexing_bar() as show:
         report = update_index(

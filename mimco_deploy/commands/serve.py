@@ -17,6 +17,7 @@ from mimco_deploy.commands.common import (
     path_to_record,
     runtime_options,
 )
+from mimco_deploy.shipped import encoder_of
 from mimco_deploy.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def serve(
         name = f"[{host}]" if ":" in host else host
         address = f"http://{name}:{listening.getsockname()[1]}/"
         shown = f"{address}#token={token}" if is_new else address
-        serve(workspace.index, workspace.encoder, settings, listening, token, host, lambda: click.echo(shown))
+        serve(workspace.index, encoder_of(workspace), settings, listening, token, host, lambda: click.echo(shown))
 
 
 @click.command()

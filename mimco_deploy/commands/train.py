@@ -1,4 +1,4 @@
-"""`mimco train`: both stages, and the plan of a run."""
+"""`mimco train`: both stages, what follows them with labels, and the plan of a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from mimco_deploy.commands.common import IS_MAIN_PROCESS, FunctionT, extra, json_option, print_json
+from mimco_deploy.commands.common import IS_MAIN_PROCESS, AnyPath, FunctionT, extra, json_option, print_json
 from mimco_deploy.errors import ConfigError
 from mimco_deploy.workspace import Workspace
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @click.group()
 def train() -> None:
-    """Pre-train a backbone: first the teacher, then the student."""
+    """Pre-train a backbone: first the teacher, then the student. With labels: fine-tune it, or probe it."""
 
 
 class _MicroBatches(click.ParamType):  # type: ignore[type-arg]  # generic in newer clicks only
@@ -132,6 +132,71 @@ def stage2(workspace: Workspace, /, as_json: bool, plan: bool, **options: Any) -
     _print_trained(workspace.stage2, as_json)
 
 
+def _labelled_options(function: FunctionT) -> FunctionT:
+    options = [
+        click.option(
+            "--from",
+            "source",
+            metavar="SOURCE",
+            help="A checkpoint, a file of published weights, a folder of timm's, or timm/NAME.  [default: stage 2]",
+        ),
+        click.option(
+            "--data", multiple=True, type=AnyPath, help="Folder of a folder for each class, or such a tar; repeatable."
+        ),
+        click.option("--val", multiple=True, type=AnyPath, help="The same classes, to measure on; repeatable."),
+        click.option("--epochs", type=click.IntRange(min=1), help="Passes over the pictures."),
+        click.option("--batch-size", type=click.IntRange(min=2), help="Pictures in a step, over all processes."),
+        click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any setting; repeatable."),
+        click.option("--resume", is_flag=True, help="Go on from the last checkpoint, with its settings."),
+        click.option("--fresh", is_flag=True, help="Start anew; a run that is there is moved aside."),
+        json_option,
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+@train.command()
+@_labelled_options
+@click.pass_obj
+def finetune(workspace: Workspace, /, as_json: bool, **options: Any) -> None:
+    """Train an encoder and a head on labelled pictures, and measure top-1 and top-5 after each epoch.
+
+    \b
+    mimco train finetune --data imagenet/train --val imagenet/val
+    mimco train finetune --from timm/vit_small_patch16_224.dino --data train --val val --epochs 100
+    mimco train finetune --data train --val val --set optim.layer_decay=0.75
+    """
+    with extra("train"):
+        from mimco_deploy.training.supervised import train_with_labels
+        from mimco_deploy.training.supervised_runs import LabelledRequest, open_finetune
+
+    config, resume = open_finetune(workspace.finetune, workspace.stage2 / "last", LabelledRequest(**options))
+    with _training_bar("fine-tuning") as show:
+        train_with_labels(config, workspace.finetune, resume=resume, on_step=show)
+    _print_measured(workspace.finetune, "finetune", as_json)
+
+
+@train.command()
+@_labelled_options
+@click.pass_obj
+def linear(workspace: Workspace, /, as_json: bool, **options: Any) -> None:
+    """Train a linear layer on the frozen encoder, with crops and flips, and measure after each epoch.
+
+    \b
+    mimco train linear --data imagenet/train --val imagenet/val
+    mimco train linear --from .mimco/stage1/last --data train --val val
+    """
+    with extra("train"):
+        from mimco_deploy.training.supervised import train_with_labels
+        from mimco_deploy.training.supervised_runs import LabelledRequest, open_linear
+
+    config, resume = open_linear(workspace.linear, workspace.stage2 / "last", LabelledRequest(**options))
+    with _training_bar("linear probe") as show:
+        train_with_labels(config, workspace.linear, resume=resume, on_step=show)
+    _print_measured(workspace.linear, "linear", as_json)
+
+
 def _fit_to_memory(config: ConfigT) -> ConfigT:
     from mimco_deploy.training.plan import fit_to_memory
 
@@ -181,3 +246,20 @@ def _print_trained(folder: Path, as_json: bool) -> None:
         print_json({"checkpoint": checkpoint.path, "stage": checkpoint.stage, "step": checkpoint.step})
     else:
         click.echo(f"{checkpoint.stage}: {checkpoint.step} steps, checkpoint in {checkpoint.path}")
+
+
+def _print_measured(folder: Path, kind: str, as_json: bool) -> None:
+    from mimco_deploy.training.runs import LAST
+    from mimco_deploy.training.supervised_checkpoint import read_run
+
+    if not IS_MAIN_PROCESS:
+        return
+    saved = read_run(folder / LAST, kind)
+    row = saved.progress.rows[-1]
+    if as_json:
+        print_json({"checkpoint": saved.path, "classes": len(saved.classes), **row})
+        return
+    click.echo(
+        f"{kind}: top-1 {row['val_top1']:.2%}, top-5 {row['val_top5']:.2%} after {row['epoch']} epochs, "
+        f"{len(saved.classes)} classes, checkpoint in {saved.path}"
+    )

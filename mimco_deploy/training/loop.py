@@ -88,7 +88,7 @@ def train(
         return views
 
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(_stop_requests())
+        stop = stack.enter_context(stop_requests())
         batches = stack.enter_context(
             contextlib.closing(load_batches(corpus, make_views, sampler, run.seed, config.data.workers))
         )
@@ -100,7 +100,7 @@ def train(
             step += 1
             done = step == sampler.total_steps
             to_log, to_save = step % run.log_every_steps == 0, step % run.checkpoint_every_steps == 0
-            stopping = _asked_to_stop(stop, stepper.device, due=to_log or to_save or done)
+            stopping = asked_to_stop(stop, stepper.device, due=to_log or to_save or done)
             if to_log or done or stopping:
                 records.log(step)
             if to_save or done or stopping:
@@ -193,7 +193,7 @@ class _Records:
             raise self._watch.alarm(error) from error
 
 
-def _asked_to_stop(stop: threading.Event, device: torch.device, *, due: bool) -> bool:
+def asked_to_stop(stop: threading.Event, device: torch.device, *, due: bool) -> bool:
     """Alone at once; several processes ask each other only where they wait for the device anyhow."""
     if world_size() == 1:
         return stop.is_set()
@@ -216,7 +216,7 @@ def _restore(resume: Checkpoint | None, method: nn.Module, corpus: Corpus, optim
 
 
 @contextlib.contextmanager
-def _stop_requests() -> Iterator[threading.Event]:
+def stop_requests() -> Iterator[threading.Event]:
     """Turn SIGINT and SIGTERM into a flag for the time of the block; a second one acts as usual."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import json
 import math
 from collections.abc import Sequence
@@ -14,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from mimco_deploy.atomic import write_bytes
+from mimco_deploy.html_page import build_page, image_tag
 from mimco_deploy.training.probe import Probe, Sight
 
 CHARTS = {
@@ -30,29 +29,6 @@ CHARTS = {
     "waiting": "share of the time spent waiting for data",
 }
 _WIDTH, _HEIGHT = 320, 120
-_STYLE = """
-:root { color-scheme: light dark; --page: #f6f5f2; --card: #fff; --ink: #1d1c1a; --soft: #6d6a64; --line: #e4e1da;
-  --mark: #0b6e5f; --bad: #a3271b; }
-@media (prefers-color-scheme: dark) { :root { --page: #141413; --card: #1e1e1c; --ink: #ecebe7; --soft: #9b978f;
-  --line: #32312e; --mark: #5fd0b9; --bad: #f08a7e; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1180px; padding: clamp(1rem, 3vw, 2.5rem); background: var(--page); color: var(--ink);
-  font: 15px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-h1 { margin: 0 0 .2rem; font-size: 1.45rem; } h2 { margin: 2rem 0 .7rem; font-size: 1.05rem; }
-p { margin: 0; } .soft { color: var(--soft); font-size: .85rem; }
-.alarm { margin: 1rem 0; padding: .8rem 1rem; border: 1px solid var(--bad); border-radius: 10px; color: var(--bad); }
-.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 320px), 1fr)); gap: 1rem; }
-figure { margin: 0; padding: .8rem 1rem; border: 1px solid var(--line); border-radius: 12px; background: var(--card); }
-figcaption { display: flex; justify-content: space-between; gap: .5rem; font-weight: 650; }
-figcaption b { font-variant-numeric: tabular-nums; }
-svg { display: block; width: 100%; height: auto; margin: .4rem 0; overflow: visible; }
-polyline { fill: none; stroke: var(--mark); stroke-width: 1.5; vector-effect: non-scaling-stroke; }
-line { stroke: var(--line); } circle { fill: var(--mark); }
-.strip { display: flex; gap: .4rem; margin-bottom: .6rem; overflow-x: auto; }
-.strip div { flex: none; width: 84px; font-size: .75rem; color: var(--soft); text-align: center; }
-.strip img { display: block; width: 84px; height: 84px; object-fit: cover; border-radius: 8px; }
-.strip div:first-child img { outline: 2px solid var(--mark); outline-offset: -2px; }
-"""
 
 
 def write_report(
@@ -98,14 +74,9 @@ def write_report(
         parts.append(_strips(sights[-1], probe))
     if masked:
         parts.append("<h2>Masks</h2><div class='strip'>")
-        parts += [f"<div>{_image(_overlay(pixels, mask), 'a masked picture')}</div>" for pixels, mask in masked]
+        parts += [f"<div>{image_tag(_overlay(pixels, mask), 'a masked picture')}</div>" for pixels, mask in masked]
         parts.append("</div>")
-    page = (
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
-        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>"
-    )
-    write_bytes(folder / "report.html", page.encode())
+    write_bytes(folder / "report.html", build_page(title, parts))
 
 
 def _read_log(path: Path) -> list[dict[str, float]]:
@@ -145,9 +116,9 @@ def _strips(sight: Sight, probe: Probe) -> str:
     """Each shown picture, then its neighbours."""
     parts = [f"<h2>Nearest of the others, after step {sight.step}</h2>"]
     for shown, neighbours, scores in zip(probe.shown, sight.neighbours, sight.scores, strict=True):
-        cells = [f"<div>{_image(probe.pictures[shown], probe.names[shown])}</div>"]
+        cells = [f"<div>{image_tag(probe.pictures[shown], probe.names[shown])}</div>"]
         for number, score in zip(neighbours, scores, strict=True):
-            cells.append(f"<div>{_image(probe.pictures[number], probe.names[number])}{score:.3f}</div>")
+            cells.append(f"<div>{image_tag(probe.pictures[number], probe.names[number])}{score:.3f}</div>")
         parts.append(f"<div class='strip'>{''.join(cells)}</div>")
     return "".join(parts)
 
@@ -158,13 +129,3 @@ def _overlay(pixels: Tensor, mask: Tensor) -> Image.Image:
     hidden = mask.repeat_interleave(patch, 0).repeat_interleave(patch, 1)
     shown = pixels.float() * (~hidden) + (0.25 * pixels.float() + 90.0) * hidden
     return Image.fromarray(shown.byte().permute(1, 2, 0).numpy())
-
-
-def _image(picture: Image.Image, name: str) -> str:
-    small = picture.copy()
-    small.thumbnail((168, 168))
-    buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=80)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    shown = html.escape(Path(name).name.encode("utf-8", "replace").decode())
-    return f"<img src='data:image/jpeg;base64,{data}' alt='{shown}' title='{shown}'>"

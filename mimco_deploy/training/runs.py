@@ -21,7 +21,7 @@ from mimco_deploy.training.settings import apply_settings, differences
 
 StageT = TypeVar("StageT", Stage1Config, Stage2Config)
 
-_MAY_CHANGE = (
+MAY_CHANGE = (
     *("data.memory_mib", "data.workers"),
     *("run.checkpoint_every_steps", "run.log_every_steps", "run.compile", "run.grad_checkpointing"),
 )
@@ -113,7 +113,7 @@ def open_stage2(folder: Path, stage1: Path, request: Request) -> tuple[Stage2Con
             data = dataclasses.replace(base.data, sources=kept.data.sources) if request.preset else kept.data
             base = dataclasses.replace(base, data=data, teacher=kept.teacher)
         if request.teacher is not None:
-            base = dataclasses.replace(base, teacher=_whole(request.teacher))
+            base = dataclasses.replace(base, teacher=whole(request.teacher))
         return _same(kept, base, request), checkpoint
     if method not in WITH_TEACHER:
         if request.teacher is not None:
@@ -121,7 +121,7 @@ def open_stage2(folder: Path, stage1: Path, request: Request) -> tuple[Stage2Con
         source = str(stage1 / LAST) if current_dir(stage1 / LAST).is_dir() else ""
         config = with_stage2_method(_recipe(request, source), method)
         return _with_pictures(config, request, source), None
-    source = _whole(request.teacher) if request.teacher is not None else str((stage1 / LAST).resolve())
+    source = whole(request.teacher) if request.teacher is not None else str((stage1 / LAST).resolve())
     if request.teacher is None and not current_dir(Path(source)).is_dir():
         raise WorkspaceError(
             f"no teacher in {source}", expected="a checkpoint", command="mimco train stage1 --data DIR"
@@ -156,14 +156,14 @@ def _same(kept: StageT, base: StageT, request: Request) -> StageT:
         asked = dataclasses.replace(asked, run=run)
     changes = sorted(differences(kept, asked), key=lambda change: change[0] != "method.name")
     for key, old, new in changes:
-        if key not in _MAY_CHANGE:
+        if key not in MAY_CHANGE:
             raise ConfigError(
                 f"--resume with {key} {new}, where the run has {old}", expected="the same, or --fresh to start anew"
             )
     return asked
 
 
-def _whole(teacher: str) -> str:
+def whole(teacher: str) -> str:
     """A path made whole, for the workspace may be used from another folder; names of timm's hub stay."""
     hub = teacher.startswith("timm/") and not Path(teacher).exists()
     return teacher if hub else str(Path(teacher).resolve())

@@ -75,7 +75,7 @@ class Stepper:
             for module in method.modules():
                 if isinstance(module, Backbone):  # nearly all of the work, and free of state and of other processes
                     module.compile()
-        self._parallel = _parallel(method, self.device)
+        self._parallel = parallel(method, self.device)
         self._parallel.train()
 
     @property
@@ -109,7 +109,7 @@ class Stepper:
             inputs = [self._to_input(view) if view.dtype == torch.uint8 else view for view in views]
             torch.manual_seed(seed_for(run.seed, _MODEL_STREAM, step, micro, rank()))
             autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._bf16)
-            with _no_sync(self._parallel, unless=micro == run.accumulate - 1), autocast:
+            with no_sync(self._parallel, unless=micro == run.accumulate - 1), autocast:
                 metrics: dict[str, Tensor] = self._parallel(*inputs)
                 (metrics["loss"] / run.accumulate).backward()  # type: ignore[no-untyped-call]
             for name, value in metrics.items():
@@ -144,7 +144,8 @@ def compiles(run: RunConfig, device: torch.device) -> bool:
     return run.compile == "on" or (run.compile == "auto" and device.type == "cuda")
 
 
-def _parallel(method: nn.Module, device: torch.device) -> nn.Module:
+def parallel(method: nn.Module, device: torch.device) -> nn.Module:
+    """The method as one of several processes; as it is where there is one."""
     if world_size() == 1:
         return method
     synchronise_batch_norm(method, device)
@@ -154,7 +155,8 @@ def _parallel(method: nn.Module, device: torch.device) -> nn.Module:
         return DistributedDataParallel(method, broadcast_buffers=False)
 
 
-def _no_sync(parallel: nn.Module, *, unless: bool) -> AbstractContextManager[None]:
+def no_sync(parallel: nn.Module, *, unless: bool) -> AbstractContextManager[None]:
+    """Leave gradients of a micro-batch to their own process, unless it is the step's last."""
     if isinstance(parallel, DistributedDataParallel) and not unless:
         return cast("AbstractContextManager[None]", parallel.no_sync())
     return contextlib.nullcontext()

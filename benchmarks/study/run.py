@@ -1,0 +1,249 @@
+"""Does MimCo separate better? Students of one teacher at equal cost, each measured through its exported bundle.
+
+    python benchmarks/study/run.py methods --teacher run/stage1/last --train tiny/train-*.tar --val tiny/val.tar \
+        --photos photos/clothing --out /tmp/study --results docs/study/raw --seeds 0 1 2
+    python benchmarks/study/tables.py docs/study/raw > docs/study/tables.md
+
+Trains what is missing of a table, one row and seed after the other, and writes for each a JSON file with what was
+measured and the log of its training beside it; what is there already is not run again. All rows see the same number
+of pictures in the same order, with the preset's optimiser; a row is the preset but for its method and the settings
+that `rows.py` names. Labels are used to measure only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+import timm
+import torch
+
+from benchmarks.study.rows import ROWS, TABLES, Row
+from mimco_deploy.atomic import write_bytes
+from mimco_deploy.bundle import EncoderSpec
+from mimco_deploy.evaluation.evaluate import Evaluation, Protocol, evaluate
+from mimco_deploy.export.pipeline import export_encoder
+from mimco_deploy.export.student import Source, from_checkpoint
+from mimco_deploy.serving.encoders import Encoder, load_encoder
+from mimco_deploy.sources import Picture, find_pictures
+from mimco_deploy.training.backbone import CROP_SHARE, Backbone
+from mimco_deploy.training.checkpoint import Checkpoint, read_checkpoint
+from mimco_deploy.training.config import Stage2Config
+from mimco_deploy.training.loop import StepReport
+from mimco_deploy.training.method_config import Pooling
+from mimco_deploy.training.presets import PRESETS, Recipe, with_stage2_method
+from mimco_deploy.training.runs import LAST
+from mimco_deploy.training.settings import apply_settings
+from mimco_deploy.training.stages import train_stage2
+
+RAW_SIDE_PX = 16
+PER_CLASS = 100
+"""Train pictures of each class that vote and train the probe; the first by name."""
+PROTOCOLS: tuple[Protocol, ...] = ("knn", "linear", "few-shot", "retrieval", "spread")
+
+
+class RawPixels:
+    """The baseline: the pixels themselves, centred and L2-normalised, as an encoder."""
+
+    spec = EncoderSpec(
+        architecture="pixels",
+        image_size_px=RAW_SIDE_PX,
+        crop_share=CROP_SHARE,
+        interpolation="bicubic",
+        embedding_dim=RAW_SIDE_PX * RAW_SIDE_PX * 3,
+        pooling="none",
+        patch_grid=0,
+        fingerprint="pixels",
+        licence="none",
+        weights_source="none",
+        teacher_source="none",
+        opset=0,
+    )
+    provider = "numpy"
+    precision = "fp32"
+
+    def embed(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """[B, H·W·3], L2-normalised."""
+        flat = images.reshape(len(images), -1).astype(np.float32)
+        flat -= flat.mean(axis=1, keepdims=True)
+        norms: npt.NDArray[np.float32] = np.linalg.norm(flat, axis=1, keepdims=True)
+        centred: npt.NDArray[np.float32] = (flat / np.maximum(norms, 1e-6)).astype(np.float32)
+        return centred
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What every row is measured on."""
+
+    gallery: list[Picture]
+    queries: list[Picture]
+    photos: Path | None
+
+    def measure(self, encoder: Encoder, name: str) -> dict[str, object]:
+        """Tiny-ImageNet by all protocols, and the photos by retrieval."""
+        found = {"tiny-imagenet": _document(evaluate(encoder, name, self.queries, self.gallery, PROTOCOLS))}
+        if self.photos is not None:
+            queries, gallery = (find_pictures([str(self.photos / part)]) for part in ("query", "gallery"))
+            found["photos"] = _document(evaluate(encoder, name, queries, gallery, ("retrieval",)))
+            everything = sorted(queries + gallery, key=lambda picture: picture.name)
+            found["photos, copies"] = _document(evaluate(encoder, name, everything, (), ("copies",)))
+        return {"encoder": {"architecture": encoder.spec.architecture, "pooling": encoder.spec.pooling}, **found}
+
+    def knn(self, encoder: Encoder, name: str) -> dict[str, object]:
+        """Tiny-ImageNet by weighted k-NN alone."""
+        return _document(evaluate(encoder, name, self.queries, self.gallery, ("knn",)))
+
+
+def _document(found: Evaluation) -> dict[str, object]:
+    return {
+        "pictures": len(found.pictures.pictures),
+        "gallery": len(found.voters.pictures) if found.voters else 0,
+        "measures": [measure.as_row() for measure in found.measures],
+    }
+
+
+def first_of_each_class(pictures: Sequence[Picture], count: int) -> list[Picture]:
+    """The first so many of every folder, by name."""
+    seen: dict[str | None, int] = {}
+    chosen = []
+    for picture in pictures:
+        seen[picture.label] = seen.get(picture.label, 0) + 1
+        if seen[picture.label] <= count:
+            chosen.append(picture)
+    return chosen
+
+
+def student_config(
+    recipe: Recipe, row: Row, teacher: Path, train: Sequence[str], epochs: float, seed: int
+) -> Stage2Config:
+    """The settings of a row: the preset, its method, a start at random unless the row says otherwise."""
+    config = with_stage2_method(recipe, row.method)
+    shared = [f"run.epochs={epochs:g}", f"run.seed={seed}", "optim.warmup_epochs=0.1"]
+    if row.method == "mimco":
+        shared.append("method.init_from_teacher=false")
+    config = apply_settings(config, [*shared, *row.settings])
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, sources=tuple(train)))
+    return dataclasses.replace(config, teacher=str(teacher)) if row.method in ("mimco", "fd") else config
+
+
+def train_row(config: Stage2Config, folder: Path) -> Checkpoint:
+    """Train one student, or go on with one that was interrupted."""
+
+    def say(report: StepReport) -> None:
+        if report.step % 50 < 10:
+            metrics = ", ".join(f"{name} {value:.3f}" for name, value in report.metrics.items())
+            logging.info("%s: step %d of %d, %s", folder.name, report.step, report.total_steps, metrics)
+
+    last = folder / LAST
+    resume = read_checkpoint(last) if last.exists() else None
+    if resume is None or resume.step < resume.total_steps:
+        train_stage2(resume.config if resume else config, folder, resume=resume, on_step=say)  # type: ignore[arg-type]
+    return read_checkpoint(last)
+
+
+def main() -> None:
+    """Parse, then run what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", choices=[*TABLES, "all"])
+    parser.add_argument("--teacher", type=Path, required=True, help="a checkpoint of stage 1")
+    parser.add_argument("--train", nargs="+", required=True, help="folders or tars with <class>/<picture>")
+    parser.add_argument("--val", nargs="+", required=True)
+    parser.add_argument("--photos", type=Path, help="a folder with gallery/<class> and query/<class>")
+    parser.add_argument("--out", type=Path, required=True, help="folder for runs and bundles")
+    parser.add_argument("--results", type=Path, required=True, help="folder for what was measured, and the logs")
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="vit_tiny_debug")
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--rows", nargs="+", help="only these")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+
+    task = Task(
+        first_of_each_class(find_pictures(arguments.train), PER_CLASS), find_pictures(arguments.val), arguments.photos
+    )
+    names = list(
+        dict.fromkeys(n for rows in TABLES.values() for n in rows)
+        if arguments.table == "all"
+        else TABLES[arguments.table]
+    )
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    for seed in arguments.seeds:
+        for name in names if not arguments.rows else [n for n in names if n in arguments.rows]:
+            result = arguments.results / f"{name}-seed{seed}.json"
+            if result.exists() or (name in ("pixels", "teacher") and seed):
+                continue  # pixels have no seed, and the teacher is the one given
+            write_bytes(result, _run(name, seed, task, arguments))
+            logging.info("%s is there", result)
+
+
+def _run(name: str, seed: int, task: Task, arguments: argparse.Namespace) -> bytes:
+    """Train and measure one row; its result as JSON."""
+    recipe, folder = PRESETS[arguments.preset](), arguments.out / f"{name}-seed{seed}"
+    document: dict[str, object] = {"row": name, "seed": seed, "preset": arguments.preset}
+    start = time.perf_counter()
+    if name == "pixels":
+        document.update(task.measure(RawPixels(), name))  # type: ignore[arg-type]  # `precision` is a plain str here
+    elif name == "random":
+        torch.manual_seed(seed)
+        export_encoder(Source(Backbone(recipe.stage2.backbone), "mean", "random weights"), folder / "encoder")
+        document.update(task.measure(load_encoder(folder / "encoder"), name))
+    else:
+        if name == "teacher":
+            checkpoint = read_checkpoint(arguments.teacher)
+            log = arguments.teacher.parent / "log.jsonl"
+        else:
+            row = ROWS[name]
+            config = student_config(recipe, row, arguments.teacher, arguments.train, arguments.epochs, seed)
+            checkpoint = train_row(config, folder)
+            log = folder / "log.jsonl"
+            document["settings"] = row.settings
+        document["training"] = {
+            "steps": checkpoint.step,
+            "images": checkpoint.step * checkpoint.config.run.global_batch_size,
+            "seconds": _seconds(log, checkpoint.config.run.global_batch_size),
+            "config": dataclasses.asdict(dataclasses.replace(checkpoint.config, data=type(checkpoint.config.data)())),
+        }
+        shutil.copyfile(log, arguments.results / f"{name}-seed{seed}.log.jsonl")
+        source = from_checkpoint(checkpoint)
+        export_encoder(source, folder / "encoder")
+        document.update(task.measure(load_encoder(folder / "encoder"), name))
+        other: Pooling = (
+            "mean" if source.pooling == "cls" else "cls"
+        )  # a loss on patches trains no CLS token, and the reverse
+        export_encoder(dataclasses.replace(source, pooling=other), folder / f"encoder-{other}")
+        document[f"tiny-imagenet, {other}"] = task.knn(load_encoder(folder / f"encoder-{other}"), name)
+    document["seconds with measuring"] = time.perf_counter() - start
+    document["machine"] = {
+        "cpu": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "date": time.strftime("%Y-%m-%d"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "onnxruntime": onnxruntime.__version__,
+    }
+    return (json.dumps(document, indent=1, ensure_ascii=False, default=str) + "\n").encode()
+
+
+def _seconds(log: Path, batch: int) -> float:
+    """Time of training by the log: images over images a second, summed over its lines."""
+    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    steps = np.diff([-1] + [row["step"] for row in rows])
+    return float(sum(n * batch / row["images_per_s"] for n, row in zip(steps, rows, strict=True)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""The study's tables, from its raw results: Markdown on stdout.
+
+    python benchmarks/study/tables.py docs/study/raw > docs/study/tables.md
+
+Means over the seeds that are there, with their standard deviation where there are several; the interval in brackets of
+a single seed is over the pictures. Every number comes from a file beside the log of its training.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.study.rows import ROWS, TABLES
+
+TITLES = {"pixels": "raw 16 × 16 pixels", "random": "random weights", "teacher": "the teacher: MoCo v3, CLS token"}
+COLUMNS = {
+    "k-NN": ("tiny-imagenet", "knn", "top-1, k 20"),
+    "k-NN, CLS": ("tiny-imagenet, cls", "knn", "top-1, k 20"),
+    "linear": ("tiny-imagenet", "linear", "top-1"),
+    "5-shot": ("tiny-imagenet", "few-shot", "top-1, 5 a class"),
+    "photos mAP": ("photos", "retrieval", "mAP"),
+    "photos recall@1": ("photos", "retrieval", "recall@1"),
+    "copies recall@1": ("photos, copies", "copies", "recall@1, all edits"),
+    "rank": ("tiny-imagenet", "spread", "effective rank"),
+}
+
+
+def read(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Results by row, seeds in order."""
+    results: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted(folder.glob("*-seed*.json")):
+        document = json.loads(path.read_text(encoding="utf-8"))
+        results.setdefault(document["row"], []).append(document)
+    return results
+
+
+def find(document: dict[str, Any], part: str, protocol: str, name: str) -> dict[str, Any] | None:
+    """One measure of a result. The probe's name ends with the C that was chosen."""
+    for measure in document.get(part, {}).get("measures", []):
+        if measure["protocol"] == protocol and measure["name"].split(", C ")[0] == name:
+            return dict(measure)
+    return None
+
+
+def cell(documents: list[dict[str, Any]], part: str, protocol: str, name: str) -> str:
+    """Mean ± standard deviation of the seeds; of a single one with its interval over the pictures."""
+    found = [measure for document in documents if (measure := find(document, part, protocol, name)) is not None]
+    if not found:
+        return "–"
+    values = [measure["value"] for measure in found]
+    digits = 1 if name == "effective rank" else 3
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f} ({found[0]['low']:.{digits}f} to {found[0]['high']:.{digits}f})"
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+def table(name: str, results: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Lines of one table; rows that were not run are left out."""
+    lines = ["| student | seeds | " + " | ".join(COLUMNS) + " | images seen | seconds |"]
+    lines.append("| --- " * (len(COLUMNS) + 4) + "|")
+    for row in TABLES[name]:
+        documents = results.get(row)
+        if not documents:
+            continue
+        trained = [document["training"] for document in documents if "training" in document]
+        images = f"{trained[0]['images']:,}" if trained else "–"
+        seconds = f"{statistics.mean(training['seconds'] for training in trained):.0f}" if trained else "–"
+        title = TITLES.get(row) or ROWS[row].title
+        cells = [cell(documents, *column) for column in COLUMNS.values()]
+        lines.append(f"| {title} | {len(documents)} | " + " | ".join(cells) + f" | {images} | {seconds} |")
+    return lines
+
+
+def main() -> None:
+    """Print all tables of the folder given."""
+    results = read(Path(sys.argv[1]))
+    for name in TABLES:
+        print(f"## {name.capitalize()}\n")
+        print("\n".join(table(name, results)))
+        print()
+
+
+if __name__ == "__main__":
+    main()

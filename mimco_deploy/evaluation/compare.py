@@ -1,0 +1,55 @@
+"""Two encoders on the same pictures: what differs, picture by picture, and whose neighbours agree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mimco_deploy.errors import EvaluationError
+from mimco_deploy.evaluation.evaluate import Evaluation
+from mimco_deploy.evaluation.label_free import neighbour_agreement
+from mimco_deploy.evaluation.measures import Measure, difference
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Of two encoders."""
+
+    differences: list[Measure]
+    """The second less the first, for each measure that is a mean over the same pictures."""
+    agreement: Measure
+    """Share of the ten nearest neighbours that both have in common."""
+    by_chance: float
+    """What they would share by chance."""
+
+
+def compare(first: Evaluation, second: Evaluation) -> Comparison:
+    """Compare what was found of two encoders.
+
+    Raises:
+        EvaluationError: they were not evaluated on the same pictures, or on too few.
+    """
+    names = [[picture.name for picture in found.pictures.pictures] for found in (first, second)]
+    if names[0] != names[1]:
+        raise EvaluationError(
+            f"{first.name} and {second.name} read {len(names[0])} and {len(names[1])} pictures, not the same",
+            expected="pictures that do not change while they are evaluated",
+        )
+    theirs = {(measure.protocol, _plain(measure.name)): measure for measure in second.measures}
+    pairs = [(measure, theirs.get((measure.protocol, _plain(measure.name)))) for measure in first.measures]
+    differences = [found for ours, other in pairs if other is not None and (found := difference(ours, other))]
+    agreement = neighbour_agreement(first.pictures.embeddings, second.pictures.embeddings)
+    return Comparison(differences, agreement, 10 / (len(names[0]) - 1))
+
+
+def table(found: Sequence[Evaluation]) -> list[list[Measure | None]]:
+    """One row a measure of the first, one column an encoder."""
+    columns = [{(measure.protocol, _plain(measure.name)): measure for measure in one.measures} for one in found]
+    return [
+        [column.get((measure.protocol, _plain(measure.name))) for column in columns] for measure in found[0].measures
+    ]
+
+
+def _plain(name: str) -> str:
+    """A measure's name without what was chosen on the way, such as the probe's C: two encoders may differ in it."""
+    return name.split(", C ")[0]

@@ -1,0 +1,174 @@
+"""An encoder evaluated: which protocols the pictures allow, and what each of them gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from mimco_deploy.errors import EvaluationError
+from mimco_deploy.evaluation.copies import EDITS, copy_detection, embed_copies
+from mimco_deploy.evaluation.few_shot import SHOTS, few_shot
+from mimco_deploy.evaluation.knn import knn_accuracies
+from mimco_deploy.evaluation.label_free import alignment, spread
+from mimco_deploy.evaluation.linear import probe
+from mimco_deploy.evaluation.measures import Measure, mean_of
+from mimco_deploy.evaluation.pictures import Embedded, Labels, Tell, check_classes, classes_of, embed_pictures
+from mimco_deploy.evaluation.retrieval import Retrieval, retrieval, retrieval_among
+from mimco_deploy.serving.encoders import Encoder
+from mimco_deploy.sources import Picture
+
+Protocol = Literal["knn", "linear", "few-shot", "retrieval", "copies", "spread"]
+
+WITH_TRAIN: tuple[Protocol, ...] = ("knn", "linear", "few-shot", "retrieval", "spread")
+"""What is measured where pictures with known classes vote; `copies` only when asked for."""
+WITH_CLASSES: tuple[Protocol, ...] = ("retrieval", "copies", "spread")
+WITHOUT_LABELS: tuple[Protocol, ...] = ("copies", "spread")
+KNN_KS = (10, 20, 100, 200)
+"""DINO's."""
+RECALL_KS = (1, 5, 10)
+COPIES = 1000
+"""Pictures at most that are edited for `copies`: ten edits of each."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was found of one encoder."""
+
+    name: str
+    encoder: dict[str, str | int]
+    """What ran: architecture, precision, provider, fingerprint."""
+    pictures: Embedded
+    """That were evaluated."""
+    voters: Embedded | None
+    """Pictures of --train."""
+    classes: list[str]
+    """Empty without labels."""
+    measures: list[Measure] = field(default_factory=list)
+
+    def as_document(self) -> dict[str, object]:
+        """For JSON."""
+        return {
+            "name": self.name,
+            "encoder": self.encoder,
+            "pictures": len(self.pictures.pictures),
+            "train_pictures": len(self.voters.pictures) if self.voters else 0,
+            "classes": len(self.classes),
+            "refused": {**self.pictures.refused, **(self.voters.refused if self.voters else {})},
+            "measures": [measure.as_row() for measure in self.measures],
+        }
+
+
+def evaluate(
+    encoder: Encoder,
+    name: str,
+    pictures: Sequence[Picture],
+    train: Sequence[Picture] = (),
+    protocols: Sequence[Protocol] = (),
+    tell: Callable[[str], Tell] = lambda _: lambda _done, _all: None,
+) -> Evaluation:
+    """Evaluate one encoder.
+
+    Args:
+        encoder: of a bundle.
+        name: for reports.
+        pictures: to be evaluated.
+        train: pictures with known classes, which vote and train the probe; may be none.
+        protocols: which; by default all that the pictures allow.
+        tell: gives, for what is being done, where to report progress.
+
+    Raises:
+        EvaluationError: the pictures do not allow a protocol.
+        MissingExtraError: the linear probe was asked for without scikit-learn.
+    """
+    labelled = bool(train) or _have_classes(pictures)
+    chosen = protocols or (WITH_TRAIN if train else WITH_CLASSES if labelled else WITHOUT_LABELS)
+    _check(chosen, labelled, bool(train))
+    classes = classes_of(train or pictures) if labelled else []
+    if train:
+        check_classes(classes, classes_of(pictures))
+    spec = encoder.spec
+    about: dict[str, str | int] = {
+        "architecture": spec.architecture,
+        "image_size_px": spec.image_size_px,
+        "embedding_dim": spec.embedding_dim,
+        "precision": encoder.precision,
+        "provider": encoder.provider,
+        "fingerprint": spec.fingerprint,
+        "weights": spec.weights_source,
+    }
+    voters = embed_pictures(encoder, train, tell("pictures that vote")) if train else None
+    found = Evaluation(name, about, embed_pictures(encoder, pictures, tell("pictures")), voters, classes)
+    if voters is not None:
+        found.measures.extend(_by_votes(chosen, found, voters))
+    elif "retrieval" in chosen:
+        among = retrieval_among(found.pictures.embeddings, found.pictures.labels(classes), RECALL_KS)
+        found.measures.extend(_retrieved(among))
+    if "spread" in chosen:
+        found.measures.extend(spread(found.pictures.embeddings))
+    if "copies" in chosen:
+        found.measures.extend(_copies(encoder, found.pictures, tell("edited copies")))
+    return found
+
+
+def _have_classes(pictures: Sequence[Picture]) -> bool:
+    labels = {picture.label for picture in pictures}
+    return None not in labels and len(labels) > 1
+
+
+def _check(protocols: Sequence[Protocol], labelled: bool, train: bool) -> None:
+    for protocol in protocols:
+        if protocol in ("knn", "linear", "few-shot") and not train:
+            raise EvaluationError(f"{protocol} without pictures that vote", expected="--train with <class>/<picture>")
+        if protocol == "retrieval" and not labelled:
+            raise EvaluationError("retrieval without classes", expected="two folders or more, a class each")
+
+
+def _by_votes(protocols: Sequence[Protocol], found: Evaluation, voters: Embedded) -> list[Measure]:
+    gallery, labels = voters.embeddings, voters.labels(found.classes)
+    queries, truth = found.pictures.embeddings, found.pictures.labels(found.classes)
+    measures: list[Measure] = []
+    if "knn" in protocols:
+        for k, found_by_k in knn_accuracies(gallery, labels, queries, truth, _fitting(len(gallery))).items():
+            measures.append(mean_of("knn", f"top-1, k {k}", found_by_k.right))
+            measures.append(mean_of("knn", f"top-5, k {k}", found_by_k.right_of_5))
+    if "linear" in protocols:
+        probed = probe(gallery, labels, queries, truth)
+        measures.append(mean_of("linear", f"top-1, C {probed.chosen_c:.2g}", probed.right))
+    if "few-shot" in protocols:
+        for shots in SHOTS:
+            right = few_shot(gallery, labels, queries, truth, shots)
+            measures.append(mean_of("few-shot", f"top-1, {shots} a class", right))
+    if "retrieval" in protocols:
+        measures.extend(_retrieved(retrieval(queries, truth, gallery, labels, RECALL_KS)))
+    return measures
+
+
+def _fitting(pictures: int) -> tuple[int, ...]:
+    """DINO's k, as far as there are so many pictures; the smallest always."""
+    return tuple(k for k in KNN_KS if k <= max(pictures, KNN_KS[0]))
+
+
+def _retrieved(found: Retrieval) -> list[Measure]:
+    measures = [mean_of("retrieval", "mAP", found.average_precision)]
+    measures += [mean_of("retrieval", f"recall@{k}", found.recall[:, n]) for n, k in enumerate(found.ks)]
+    measures += [mean_of("retrieval", f"precision@{k}", found.precision[:, n]) for n, k in enumerate(found.ks) if k > 1]
+    return measures
+
+
+def _copies(encoder: Encoder, pictures: Embedded, tell: Tell) -> list[Measure]:
+    """Of at most `COPIES` pictures, evenly taken; the gallery is all of them."""
+    count = len(pictures.pictures)
+    chosen = np.linspace(0, count - 1, min(count, COPIES)).astype(np.int64)
+    copies = embed_copies(encoder, [pictures.pictures[number] for number in chosen], tell)
+    measures = copy_detection(pictures.embeddings, chosen, copies)
+    for name in EDITS:
+        measures.append(alignment(pictures.embeddings[chosen], copies[name], name))
+    return measures
+
+
+def labels_of(found: Evaluation) -> Labels | None:
+    """[N], the classes of the evaluated pictures by number, where they have some."""
+    return found.pictures.labels(found.classes) if found.classes else None

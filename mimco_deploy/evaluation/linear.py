@@ -1,0 +1,93 @@
+"""A linear probe on embeddings: how much of the classes a linear classifier can read off them.
+
+Needs scikit-learn. The grid and the solver are those of DINOv2's logistic regression (arXiv 2304.07193, appendix B.3);
+what is chosen from the grid is chosen on a part of the training pictures, so that the reported number is of pictures
+that nothing was chosen on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from mimco_deploy.errors import EvaluationError, MissingExtraError
+
+Floats = npt.NDArray[np.float32]
+Labels = npt.NDArray[np.int64]
+
+GRID = tuple(float(c) for c in np.logspace(-6, 5, 45)[::4])
+"""C, the inverse of the penalty: every fourth of DINOv2's 45 values from 1e-6 to 1e5. Our choice, for time: the
+accuracy changes little between neighbours of that grid."""
+HELD_OUT = 0.1
+"""Share of the training pictures on which C is chosen. Our choice."""
+MAX_CHOOSING = 20_000
+"""Training pictures at most while C is chosen. Our choice, for time; the last fit is on all."""
+MAX_ITERATIONS = 1000
+"""DINOv2's."""
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class Probed:
+    """Of one linear probe."""
+
+    right: npt.NDArray[np.float64]
+    """[Q], 1 where the query's class was given."""
+    chosen_c: float
+    tried: dict[float, float]
+    """Accuracy of each C on the held-out part."""
+
+
+def probe(gallery: Floats, labels: Labels, queries: Floats, truth: Labels) -> Probed:
+    """Fit on the gallery, report on the queries, once.
+
+    Args:
+        gallery: [N, D].
+        labels: [N], classes.
+        queries: [Q, D].
+        truth: [Q].
+
+    Raises:
+        EvaluationError: fewer than two classes, or a class with a single picture, so none to choose on.
+        MissingExtraError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.model_selection import train_test_split
+        from sklearn.preprocessing import StandardScaler
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("scikit-learn is not installed", command='pip install "mimco-deploy[eval]"') from error
+    _, sizes = np.unique(labels, return_counts=True)
+    if len(sizes) < 2 or sizes.min() < 2:
+        raise EvaluationError(
+            f"{len(sizes)} classes, the smallest with {sizes.min() if len(sizes) else 0} pictures, for a linear probe",
+            expected="two classes or more, with two pictures or more each",
+        )
+    # Embeddings have length 1 and differ in a few directions only: unscaled, no penalty fits all of them.
+    scaler = StandardScaler().fit(gallery)
+    scaled, asked = scaler.transform(gallery), scaler.transform(queries)
+    kept = np.arange(len(labels))
+    held_out = max(round(HELD_OUT * len(kept)), len(sizes))
+    fitting, choosing = train_test_split(kept, test_size=held_out, stratify=labels, random_state=_SEED)
+    fitting = fitting[:MAX_CHOOSING]
+    tried = {}
+    for c in GRID:
+        classifier = LogisticRegression(C=c, max_iter=MAX_ITERATIONS)
+        _fit(classifier, scaled[fitting], labels[fitting])
+        tried[c] = float((classifier.predict(scaled[choosing]) == labels[choosing]).mean())
+    chosen = max(GRID, key=lambda c: (tried[c], -c))  # of equal ones the stronger penalty
+    classifier = LogisticRegression(C=chosen, max_iter=MAX_ITERATIONS)
+    _fit(classifier, scaled, labels)
+    return Probed((classifier.predict(asked) == truth).astype(np.float64), chosen, tried)
+
+
+def _fit(classifier: object, features: Floats, labels: Labels) -> None:
+    import warnings
+
+    from sklearn.exceptions import ConvergenceWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # with hardly any penalty there is no optimum to reach
+        classifier.fit(features, labels)  # type: ignore[attr-defined]

@@ -1,0 +1,282 @@
+"""Training with labels: fine-tuning and the linear probe, epoch by epoch, measured after each.
+
+What comes at a step is a function of the seed, the step and the position in the batch, as in pre-training, so that a
+run which was stopped goes on bit for bit. A loop of its own, for it measures after every epoch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from mimco_deploy.atomic import write_bytes
+from mimco_deploy.errors import CheckpointError, ConfigError, TrainingInterrupted
+from mimco_deploy.training.augment import ToInput
+from mimco_deploy.training.classifier import Classifier, Config, build_classifier
+from mimco_deploy.training.config import OptimConfig
+from mimco_deploy.training.data import StepSampler, Views, fit_batch, load_batches, seed_for
+from mimco_deploy.training.distributed import is_main, mean_of_all, process_group, rank, world_size
+from mimco_deploy.training.finetune_config import FinetuneConfig
+from mimco_deploy.training.labelled import LabelledCorpus, LabelledViews, Validation, accuracy, load_labelled
+from mimco_deploy.training.layer_decay import decayed_groups
+from mimco_deploy.training.loop import StepReport, asked_to_stop, stop_requests
+from mimco_deploy.training.monitor import check_alive, check_finite
+from mimco_deploy.training.schedules import check_warmup, lr_schedule
+from mimco_deploy.training.step import compiles, no_sync, parallel, uses_bf16
+from mimco_deploy.training.supervised_checkpoint import Progress, SavedRun, kind_of, save_run
+from mimco_deploy.workspace import set_aside
+
+logger = logging.getLogger(__name__)
+
+_MODEL_STREAM = 1  # keeps the model's random numbers apart from the views', which use (seed, position)
+
+
+def train_with_labels(
+    config: Config,
+    folder: Path,
+    *,
+    resume: SavedRun | None = None,
+    on_step: Callable[[StepReport], None] = lambda _: None,
+) -> None:
+    """Train to the end, or until asked to stop.
+
+    Args:
+        config: settings; those of the checkpoint where the run is resumed.
+        folder: of the run; gets `last/` and `log.jsonl`.
+        resume: where to go on from; it holds the encoder too.
+        on_step: called at every logged step in the main process.
+
+    Raises:
+        TrainingError: NaN; the last good checkpoint stays.
+        TrainingInterrupted: SIGINT or SIGTERM came; the checkpoint is written.
+        MimcoError: the pictures, the encoder or the settings do not fit each other.
+    """
+    with process_group() as device:
+        corpus, validation = load_labelled(config.data, config.val, config.backbone.image_size_px)
+        if resume is not None and (resume.progress.corpus, resume.classes) != (corpus.fingerprint, corpus.classes):
+            raise CheckpointError(
+                f"{resume.path} was trained on another corpus than these {len(corpus)} pictures",
+                expected="the same pictures, to resume exactly",
+            )
+        asked, config = config, _fit(config, corpus)
+        torch.manual_seed(config.run.seed)
+        method = build_classifier(config, len(corpus.classes), resume).to(device)
+        if is_main():
+            if resume is None and folder.exists():
+                logger.warning("the run that was in %s is now in %s", folder, set_aside(folder))
+            folder.mkdir(parents=True, exist_ok=True)
+        _Run(method, config, asked, corpus, validation, folder, resume, on_step).go()
+
+
+def build_optimizer(method: Classifier, config: Config) -> torch.optim.Optimizer:
+    """AdamW over the layers of encoder and head, or SGD over the head; the schedule sets the rates."""
+    if isinstance(config, FinetuneConfig):
+        optim = config.optim
+        groups = decayed_groups(method, optim.layer_decay, optim.weight_decay)
+        return torch.optim.AdamW(groups, betas=optim.betas, fused=True)
+    sgd = config.optim
+    return torch.optim.SGD(method.head.parameters(), momentum=sgd.momentum, weight_decay=sgd.weight_decay)
+
+
+def schedule_of(config: Config) -> OptimConfig:
+    """What the schedule of learning rates reads."""
+    optim, least = config.optim, config.optim.min_lr if isinstance(config, FinetuneConfig) else 0.0
+    return OptimConfig(
+        base_lr=optim.base_lr, weight_decay=0.0, decay="all", warmup_epochs=optim.warmup_epochs, min_lr=least
+    )  # weight decay is in the optimiser's groups
+
+
+def make_views(config: Config) -> LabelledViews:
+    """What the settings show of a picture."""
+    augment = config.views.rand_augment if isinstance(config, FinetuneConfig) else ""
+    return LabelledViews(config.backbone.image_size_px, config.views.min_crop_scale, augment)
+
+
+def _fit(config: Config, corpus: LabelledCorpus) -> Config:
+    """The run with a batch that the corpus fills, and that can be divided.
+
+    Raises:
+        ConfigError: it cannot be divided, or the warm-up leaves nothing.
+    """
+    run = fit_batch(config.run, len(corpus))
+    check_warmup(schedule_of(config), run.epochs)
+    if run != config.run:
+        batch, wanted = run.global_batch_size, config.run.global_batch_size
+        logger.warning("global batch of %d instead of %d: %d pictures", batch, wanted, len(corpus))
+    micro, rest = divmod(run.global_batch_size, run.accumulate * world_size())
+    mixes = isinstance(config, FinetuneConfig) and bool(config.method.mixup or config.method.cutmix)
+    if rest or micro < 2 or (mixes and micro % 2):
+        raise ConfigError(
+            f"run.global_batch_size {run.global_batch_size} over {world_size()} processes × {run.accumulate} "
+            "micro-batches",
+            expected="at least 2 pictures in each, evenly" + ("; pairs of them, to mix" if mixes else ""),
+        )
+    return dataclasses.replace(config, run=run)
+
+
+class _Run:
+    """One run: its model, its pictures and how far it is.
+
+    Args:
+        method: on its device.
+        config: its batch fitted to the corpus.
+        asked: as it was asked for, which the checkpoint keeps.
+        corpus: to train on.
+        validation: to measure on.
+        folder: of the run.
+        resume: where it goes on from.
+        on_step: called at every logged step.
+    """
+
+    def __init__(
+        self,
+        method: Classifier,
+        config: Config,
+        asked: Config,
+        corpus: LabelledCorpus,
+        validation: Validation,
+        folder: Path,
+        resume: SavedRun | None,
+        on_step: Callable[[StepReport], None],
+    ) -> None:
+        run = config.run
+        self._method, self._config, self._asked = method, config, asked
+        self._corpus, self._validation, self._folder, self._on_step = corpus, validation, folder, on_step
+        self._device = next(method.parameters()).device
+        first = resume.progress.step if resume else 0
+        self._sampler = StepSampler(len(corpus), run, first)
+        self._optimizer = build_optimizer(method, config)
+        total, licence = self._sampler.total_steps, method.encoder.licence
+        self._progress = Progress(total_steps=total, corpus=corpus.fingerprint, licence=licence)
+        if resume is not None:
+            resume.restore_optimizer(self._optimizer)
+            self._progress = dataclasses.replace(resume.progress)
+        self._schedule = lr_schedule(
+            self._optimizer,
+            schedule_of(config),
+            steps_per_epoch=self._sampler.steps_per_epoch,
+            epochs=run.epochs,
+            global_batch_size=run.global_batch_size,
+        )
+        self._to_input = ToInput(config.backbone).to(self._device)
+        self._bf16 = uses_bf16(run, method.encoder.width, self._device)
+        method.encoder.checkpoint_gradients(run.grad_checkpointing and isinstance(config, FinetuneConfig))
+        if compiles(run, self._device):
+            method.encoder.compile()
+        self._parallel = parallel(method, self._device)
+        self._parallel.train()
+        self._losses = torch.tensor(self._progress.loss_sum, dtype=torch.float64, device=self._device)
+
+    def go(self) -> None:
+        """Every step that is left."""
+        progress, run, steps_per_epoch = self._progress, self._config.run, self._sampler.steps_per_epoch
+        workers = self._config.data.workers
+        batches = load_batches(self._corpus, make_views(self._config), self._sampler, run.seed, workers)
+        self._method.check()
+        since, waited, begun, started = time.perf_counter(), 0.0, progress.step, time.perf_counter() - progress.seconds
+
+        def next_views() -> Views:
+            nonlocal waited
+            start = time.perf_counter()
+            views, bad = next(batches)
+            waited += time.perf_counter() - start
+            self._corpus.report_bad(bad)
+            return views
+
+        with stop_requests() as stop, contextlib.closing(batches):
+            while progress.step < progress.total_steps:
+                loss = self._take(progress.step, next_views)
+                progress.step += 1
+                done = progress.step == progress.total_steps
+                epoch_done = progress.step % steps_per_epoch == 0
+                to_log = progress.step % run.log_every_steps == 0
+                to_save = progress.step % run.checkpoint_every_steps == 0
+                stopping = asked_to_stop(stop, self._device, due=to_log or to_save or epoch_done)
+                if to_log or epoch_done:
+                    elapsed, count = time.perf_counter() - since, (progress.step - begun) * run.global_batch_size
+                    self._report(loss, count / elapsed, waited / elapsed)
+                    since, waited, begun = time.perf_counter(), 0.0, progress.step
+                progress.seconds = time.perf_counter() - started
+                if epoch_done:
+                    self._end_epoch(progress.step // steps_per_epoch, started)
+                    since = started = time.perf_counter()
+                if to_save or epoch_done or stopping:
+                    self._save()
+                if stopping and not done:
+                    raise TrainingInterrupted(
+                        f"stopped after step {progress.step} of {progress.total_steps}; the checkpoint is written",
+                        command=f"mimco train {kind_of(self._config)} --resume",
+                    )
+
+    def _take(self, step: int, next_views: Callable[[], Views]) -> Tensor:
+        """One optimiser step; its mean loss, on the device."""
+        run = self._config.run
+        self._schedule.step_update(step)
+        mean = torch.zeros((), dtype=torch.float64, device=self._device)
+        for micro in range(run.accumulate):
+            pixels, labels = (view.to(self._device, non_blocking=True) for view in next_views())
+            torch.manual_seed(seed_for(run.seed, _MODEL_STREAM, step, micro, rank()))
+            with no_sync(self._parallel, unless=micro == run.accumulate - 1), self._autocast():
+                loss = self._parallel(self._to_input(pixels), labels)
+                (loss / run.accumulate).backward()
+            mean += loss.detach().double() / run.accumulate
+        if isinstance(self._config, FinetuneConfig) and self._config.optim.clip_norm:
+            nn.utils.clip_grad_norm_(self._method.parameters(), self._config.optim.clip_norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self._losses += mean
+        return mean
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._bf16)
+
+    def _report(self, loss: Tensor, images_per_s: float, waiting: float) -> None:
+        """Tell the bar, and raise TrainingError where the loss is no number, of whichever process."""
+        step, row = self._progress.step, {"loss": float(mean_of_all(loss))}
+        check_alive(step - 1, row)
+        if is_main():
+            if self._progress.rows:
+                row["val_top1"] = self._progress.rows[-1]["val_top1"]
+            self._on_step(StepReport(step, self._progress.total_steps, row, images_per_s, waiting))
+
+    def _end_epoch(self, epoch: int, started: float) -> None:
+        """Measure, and add a row."""
+        loss = float(mean_of_all(self._losses)) / self._sampler.steps_per_epoch
+        check_alive(self._progress.step - 1, {"loss": loss})
+        self._losses.zero_()
+        self._method.check()
+        self._parallel.eval()
+        top1, top5 = accuracy(self._classify, self._validation, self._sampler.micro_batch, self._device)
+        self._parallel.train()
+        row = {"epoch": epoch, "loss": loss, "lr": self._head_lr, "val_top1": top1, "val_top5": top5}
+        self._progress.rows.append({**row, "seconds": time.perf_counter() - started})
+        self._progress.seconds = 0.0
+
+    def _classify(self, pixels: Tensor) -> Tensor:
+        with self._autocast():
+            return self._method.classify(self._to_input(pixels))
+
+    @property
+    def _head_lr(self) -> float:
+        return max(float(group["lr"]) for group in self._optimizer.param_groups)
+
+    def _save(self) -> None:
+        """Write the checkpoint and the log; raises TrainingError where a weight is no number."""
+        check_finite(self._progress.step - 1, self._method)
+        losses = float(mean_of_all(self._losses))
+        check_alive(self._progress.step - 1, {"loss": losses})
+        if not is_main():
+            return
+        progress = dataclasses.replace(self._progress, loss_sum=losses)
+        last = self._folder / "last"
+        save_run(last, self._method, self._optimizer, self._asked, progress, self._corpus.classes)
+        lines = "".join(f"{json.dumps(row)}\n" for row in progress.rows)
+        write_bytes(self._folder / "log.jsonl", lines.encode())

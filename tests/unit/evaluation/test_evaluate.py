@@ -1,0 +1,258 @@
+"""Whole evaluations, with a tiny encoder on drawn pictures: protocols, copies, comparison, page."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from mimco_deploy.cli import main
+from mimco_deploy.drawings import KINDS, draw
+from mimco_deploy.errors import EvaluationError
+from mimco_deploy.evaluation.compare import compare
+from mimco_deploy.evaluation.copies import EDITS, copy_detection, edit_picture, embed_copies
+from mimco_deploy.evaluation.evaluate import Evaluation, Protocol, evaluate
+from mimco_deploy.evaluation.ground_truth import GroundTruth
+from mimco_deploy.evaluation.landmarks import measure_landmarks
+from mimco_deploy.evaluation.measures import Measure
+from mimco_deploy.evaluation.page import write_page
+from mimco_deploy.evaluation.pictures import embed_pictures, sample
+from mimco_deploy.serving.encoders import Encoder
+from mimco_deploy.sources import Picture, find_pictures
+from tests.helpers import CountingEncoder, as_encoder, tiny_bundle
+
+
+@pytest.fixture
+def encoder() -> Encoder:
+    return as_encoder(CountingEncoder())
+
+
+def draw_classes(folder: Path, count: int, first_seed: int = 0) -> Path:
+    for kind in KINDS[:3]:
+        (folder / kind).mkdir(parents=True)
+        for number in range(count):
+            draw(kind, first_seed + number, 48).save(folder / kind / f"{number:02d}.png")
+    return folder
+
+
+@pytest.fixture
+def val(tmp_path: Path) -> list[Picture]:
+    return find_pictures([str(draw_classes(tmp_path / "val", 5, 100))])
+
+
+@pytest.fixture
+def train(tmp_path: Path) -> list[Picture]:
+    return find_pictures([str(draw_classes(tmp_path / "train", 8))])
+
+
+def by_name(found: Evaluation) -> dict[tuple[str, str], Measure]:
+    return {(measure.protocol, measure.name): measure for measure in found.measures}
+
+
+def test_classes_allow_votes_probes_and_retrieval(encoder: Encoder, val: list[Picture], train: list[Picture]) -> None:
+    found = evaluate(encoder, "tiny", val, train)
+    assert {measure.protocol for measure in found.measures} == {"knn", "linear", "few-shot", "retrieval", "spread"}
+    assert found.classes == sorted(KINDS[:3])
+    assert all(0 <= measure.value <= 1 for measure in found.measures if measure.protocol != "spread")
+    assert by_name(found)["knn", "top-1, k 10"].count == len(val)
+
+
+def test_the_pictures_themselves_as_voters_are_all_found(encoder: Encoder, val: list[Picture]) -> None:
+    found = by_name(evaluate(encoder, "tiny", val, val, ("retrieval",)))
+    assert found["retrieval", "recall@1"].value == 1.0  # each finds itself: the voters are another set by contract
+
+
+def test_without_voters_no_picture_finds_itself(encoder: Encoder, tmp_path: Path) -> None:
+    for kind, number in (("a", 0), ("b", 1)):  # one picture a class: nobody else is relevant
+        (tmp_path / kind).mkdir()
+        draw(KINDS[number], number, 48).save(tmp_path / kind / "one.png")
+    found = by_name(evaluate(encoder, "tiny", find_pictures([str(tmp_path)]), (), ("retrieval",)))
+    assert found["retrieval", "mAP"].count == 0
+
+
+def test_photos_without_classes_get_what_needs_no_labels(encoder: Encoder, tmp_path: Path) -> None:
+    for number in range(4):
+        draw(KINDS[number], number, 64).save(tmp_path / f"{number}.png")
+    found = evaluate(encoder, "tiny", find_pictures([str(tmp_path)]))
+    assert {measure.protocol for measure in found.measures} == {"copies", "alignment", "spread"}
+    assert found.classes == []
+
+
+@pytest.mark.parametrize("protocol", ["knn", "linear", "few-shot"])
+def test_what_needs_voters_says_so(encoder: Encoder, val: list[Picture], protocol: Protocol) -> None:
+    with pytest.raises(EvaluationError, match="--train"):
+        evaluate(encoder, "tiny", val, (), (protocol,))
+
+
+def test_retrieval_of_a_single_class_is_refused(encoder: Encoder, tmp_path: Path) -> None:
+    (tmp_path / "all").mkdir()
+    draw(KINDS[0], 0, 48).save(tmp_path / "all" / "one.png")
+    with pytest.raises(EvaluationError, match="two folders or more"):
+        evaluate(encoder, "tiny", find_pictures([str(tmp_path)]), (), ("retrieval",))
+
+
+def test_classes_that_nobody_votes_for_are_named(encoder: Encoder, val: list[Picture], train: list[Picture]) -> None:
+    fewer = [picture for picture in train if picture.label != KINDS[0]]
+    with pytest.raises(EvaluationError, match=re.escape(KINDS[0])):
+        evaluate(encoder, "tiny", val, fewer)
+
+
+def test_a_broken_file_is_left_out_and_named(encoder: Encoder, tmp_path: Path) -> None:
+    draw(KINDS[0], 0, 48).save(tmp_path / "good.png")
+    (tmp_path / "bad.jpg").write_bytes(b"no picture")
+    embedded = embed_pictures(encoder, find_pictures([str(tmp_path)]))
+    assert [Path(picture.name).name for picture in embedded.pictures] == ["good.png"]
+    assert list(embedded.refused.values()) == ["unsupported"]
+    assert embedded.embeddings.shape == (1, encoder.spec.embedding_dim)
+
+
+def test_nothing_but_broken_files_is_an_error(encoder: Encoder, tmp_path: Path) -> None:
+    (tmp_path / "bad.jpg").write_bytes(b"no picture")
+    with pytest.raises(EvaluationError, match=r"none of 1 pictures"):
+        embed_pictures(encoder, find_pictures([str(tmp_path)]))
+
+
+def test_embeddings_are_in_the_order_of_the_pictures(encoder: Encoder, tmp_path: Path) -> None:
+    for number in range(150):  # more than two batches
+        draw(KINDS[number % 5], number, 16).save(tmp_path / f"{number:03d}.png")
+    pictures = find_pictures([str(tmp_path)])
+    together = embed_pictures(encoder, pictures).embeddings
+    for number in (0, 63, 64, 149):
+        alone = embed_pictures(encoder, [pictures[number]]).embeddings[0]
+        np.testing.assert_allclose(together[number], alone, atol=1e-6)
+
+
+def test_a_sample_is_always_the_same_and_in_order(train: list[Picture]) -> None:
+    chosen = sample(train, 7)
+    assert chosen == sample(train, 7)
+    assert [picture.name for picture in chosen] == sorted(picture.name for picture in chosen)
+    assert len(chosen) == 7
+    assert sample(train, 10_000) == train
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_an_edit_changes_the_picture_and_is_always_the_same(name: str) -> None:
+    picture = draw(KINDS[1], 5, 96)
+    first, again = edit_picture(picture, name, "key"), edit_picture(picture, name, "key")
+    assert first.mode == "RGB"
+    assert first.tobytes() == again.tobytes()
+    assert first.size != picture.size or first.tobytes() != picture.tobytes()
+
+
+@pytest.mark.parametrize("name", EDITS)
+@pytest.mark.parametrize("size", [(1, 1), (1, 400), (400, 3)])
+def test_edits_bear_pictures_of_any_shape(name: str, size: tuple[int, int]) -> None:
+    edited = edit_picture(Image.new("RGB", size, "red"), name, "key")
+    assert min(edited.size) >= 1
+
+
+def test_unedited_copies_find_their_originals(encoder: Encoder, val: list[Picture]) -> None:
+    originals = embed_pictures(encoder, val).embeddings
+    measures = copy_detection(originals, np.arange(len(val)), {"none": originals})
+    assert [measure.value for measure in measures] == [1.0, 1.0, 1.0, 1.0]
+
+
+def test_an_encoder_that_gives_everything_the_same_finds_no_copy() -> None:
+    same = np.tile(np.eye(1, 8, dtype=np.float32), (20, 1))
+    measures = copy_detection(same, np.arange(20), {"none": same})
+    assert measures[0].value == 0.0
+    assert measures[1].value == 0.0
+
+
+def test_micro_precision_wants_one_threshold_for_all() -> None:
+    # Both queries of one pair of files are right; the other's are wrong with higher scores.
+    gallery = np.eye(4, dtype=np.float32)
+    weak = 0.6 * gallery[:2] + 0.8 * np.roll(gallery, 2, axis=1)[:2] * 0.5
+    strong = np.stack([gallery[3], gallery[2]])
+    copies = np.concatenate([weak / np.linalg.norm(weak, axis=1, keepdims=True), strong]).astype(np.float32)
+    measures = {measure.name: measure for measure in copy_detection(gallery, np.arange(4), {"edit": copies})}
+    assert measures["recall@1, edit"].value == 0.5
+    assert measures["micro average precision"].value == pytest.approx((1 / 3 + 2 / 4) / 4)
+
+
+def test_copies_are_embedded_in_the_order_of_the_pictures(encoder: Encoder, val: list[Picture]) -> None:
+    together = embed_copies(encoder, val)
+    assert list(together) == list(EDITS)
+    last = embed_copies(encoder, val[-1:])
+    for name in EDITS:
+        np.testing.assert_allclose(together[name][-1:], last[name], atol=1e-6)
+
+
+def test_two_encoders_are_compared_picture_by_picture(val: list[Picture], train: list[Picture]) -> None:
+    found = [
+        evaluate(as_encoder(CountingEncoder(seed=seed)), f"{seed}", val, train, ("knn", "linear")) for seed in (0, 1)
+    ]
+    same, other = compare(found[0], found[0]), compare(*found)
+    assert all(measure.value == 0 for measure in same.differences)
+    assert same.agreement.value == 1.0
+    assert other.agreement.value < 1.0
+    assert {measure.protocol for measure in other.differences} == {"knn", "linear"}
+
+
+def test_other_pictures_are_not_compared(encoder: Encoder, val: list[Picture]) -> None:
+    first, second = evaluate(encoder, "a", val, (), ("spread",)), evaluate(encoder, "b", val[1:], (), ("spread",))
+    with pytest.raises(EvaluationError, match="not the same"):
+        compare(first, second)
+
+
+def test_the_page_shows_names_as_text(encoder: Encoder, tmp_path: Path) -> None:
+    for kind in ("<script>alert(1)", "b"):
+        (tmp_path / "p" / kind).mkdir(parents=True)
+        for number in range(4):
+            draw(KINDS[number], number, 48).save(tmp_path / "p" / kind / f"{number}.png")
+    found = evaluate(encoder, "<b>tiny", find_pictures([str(tmp_path / "p")]), (), ("retrieval",))
+    write_page(tmp_path / "page.html", [found])
+    page = (tmp_path / "page.html").read_text("utf-8")
+    assert "<script" not in page
+    assert "<b>tiny" not in page
+    assert "&lt;script&gt;" in page
+    assert page.count("class='strip'") == 8
+    assert "by t-SNE" in page
+
+
+def test_landmarks_are_found_by_name_and_queries_are_cut(encoder: Encoder, tmp_path: Path) -> None:
+    truth = GroundTruth(
+        gallery=("a", "b", "c"),
+        queries=("q",),
+        boxes=((0.0, 0.0, 48.0, 48.0),),
+        easy=(np.array([1]),),
+        hard=(np.array([2]),),
+        junk=(np.array([], np.int64),),
+    )
+    for name, number in (("a", 0), ("b", 1), ("c", 2)):
+        draw(KINDS[number], number, 48).save(tmp_path / f"{name}.png")
+    query = Image.new("RGB", (96, 48))
+    query.paste(draw(KINDS[1], 1, 48), (0, 0))  # inside of the box it is picture b
+    query.save(tmp_path / "q.png")
+    measures = measure_landmarks(encoder, truth, find_pictures([str(tmp_path)]))
+    assert {measure.protocol for measure in measures} == {"easy", "medium", "hard"}
+    assert measures[0].name == "mAP"
+    assert measures[0].value == 1.0
+    with pytest.raises(EvaluationError, match="such as b"):
+        measure_landmarks(encoder, truth, find_pictures([str(tmp_path / "a.png"), str(tmp_path / "c.png")]))
+
+
+def test_the_command_prints_json_and_writes_the_page(tmp_path: Path) -> None:
+    bundle = tiny_bundle(tmp_path / "encoder")
+    other = tiny_bundle(tmp_path / "other", seed=1)
+    draw_classes(tmp_path / "val", 5)
+    page = tmp_path / "page.html"
+    asked = ["eval", str(tmp_path / "val"), "--compare", str(bundle), str(other), "--report", str(page), "--json"]
+    result = CliRunner().invoke(main, asked)
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert [found["name"] for found in document["encoders"]] == ["/".join(path.parts[-2:]) for path in (bundle, other)]
+    assert document["encoders"][0]["pictures"] == 15
+    assert 0 < document["agreement"]["value"] < 1
+    assert page.read_text("utf-8").startswith("<!doctype html>")
+
+
+def test_the_command_refuses_options_that_contradict(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["eval", str(tmp_path), "--compare", "a", "b", "--encoder", "c"])
+    assert result.exit_code == 2
+    assert "leave --encoder out" in result.stderr

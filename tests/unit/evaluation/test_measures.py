@@ -1,0 +1,80 @@
+"""Intervals: they hold the truth as often as they say, and pairs are compared as pairs."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from mimco_deploy.evaluation.measures import difference, mean_of, statistic_of
+
+
+def test_the_interval_holds_the_true_mean_nineteen_times_of_twenty() -> None:
+    rng = np.random.default_rng(0)
+    held = 0
+    for _ in range(200):
+        measure = mean_of("p", "n", rng.random(100) < 0.3)
+        held += measure.low <= 0.3 <= measure.high
+    assert 0.90 <= held / 200 <= 0.98  # two standard errors of a share of 0.95 over 200 are 0.03
+
+
+def test_pictures_without_a_value_are_left_out_and_counted() -> None:
+    measure = mean_of("p", "n", [1.0, np.nan, 0.0, 1.0])
+    assert measure.count == 3
+    assert measure.value == pytest.approx(2 / 3)
+
+
+def test_no_value_at_all_is_no_number() -> None:
+    measure = mean_of("p", "n", [np.nan, np.nan])
+    assert np.isnan(measure.value)
+    assert measure.count == 0
+
+
+def test_a_difference_of_pairs_is_narrower_than_two_intervals() -> None:
+    rng = np.random.default_rng(1)
+    first = rng.random(400)
+    second = first + 0.01
+    ours, theirs = mean_of("p", "n", first), mean_of("p", "n", second)
+    paired = difference(ours, theirs)
+    assert paired is not None
+    assert paired.value == pytest.approx(0.01)
+    assert paired.low > 0 > ours.low - theirs.high
+
+
+def test_what_is_no_mean_has_no_paired_difference() -> None:
+    rank = statistic_of("p", "n", 10, lambda counts: float(counts.sum()))
+    assert difference(rank, rank) is None
+
+
+def test_a_statistic_is_of_all_pictures_once() -> None:
+    values = np.arange(10.0)
+    measure = statistic_of("p", "n", 10, lambda counts: float(counts @ values / counts.sum()))
+    assert measure.value == pytest.approx(4.5)
+    assert measure.low < 4.5 < measure.high
+
+
+def test_many_values_are_resampled_in_blocks_to_the_same_effect() -> None:
+    values = np.random.default_rng(2).random(40_000)  # more than fit into one draw
+    measure = mean_of("p", "n", values)
+    half_width = 1.96 * values.std() / 200
+    assert measure.high - measure.value == pytest.approx(half_width, rel=0.15)
+
+
+def test_the_jackknife_of_a_mean_is_its_standard_error() -> None:
+    values = np.random.default_rng(3).random(40)
+    measure = statistic_of("p", "n", 40, lambda counts: float(counts @ values / counts.sum()))
+    error = values.std(ddof=1) / np.sqrt(40)
+    assert measure.high - measure.value == pytest.approx(1.96 * error)
+
+
+def test_the_interval_of_a_statistic_holds_it() -> None:
+    rng = np.random.default_rng(4)
+    rows = rng.normal(size=(60, 16))
+
+    def rank(counts: npt.NDArray[np.float64]) -> float:
+        shares = np.sqrt(np.linalg.eigvalsh((rows * counts[:, None]).T @ rows))
+        shares /= shares.sum()
+        return float(np.exp(-(shares * np.log(shares)).sum()))
+
+    measure = statistic_of("p", "n", 60, rank)
+    assert measure.low < measure.value < measure.high

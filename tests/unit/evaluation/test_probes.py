@@ -1,0 +1,78 @@
+"""Linear probe and few-shot: right where classes can be told apart, chance where they cannot, honest about choosing."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from mimco_deploy.errors import EvaluationError
+from mimco_deploy.evaluation.few_shot import few_shot
+from mimco_deploy.evaluation.linear import GRID, probe
+
+Data = tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]
+
+
+def clusters(count: int, spread: float, seed: int) -> Data:
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 3, count)
+    rows = np.eye(3, 8)[labels] + spread * rng.normal(size=(count, 8))
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32), labels
+
+
+def test_classes_that_lie_apart_are_all_right() -> None:
+    (gallery, labels), (queries, truth) = clusters(120, 0.05, 0), clusters(60, 0.05, 1)
+    assert probe(gallery, labels, queries, truth).right.mean() == 1.0
+    assert few_shot(gallery, labels, queries, truth, shots=1).mean() == 1.0
+
+
+def test_labels_without_meaning_are_guessed_by_chance() -> None:
+    gallery, _ = clusters(300, 0.5, 0)
+    queries, _ = clusters(300, 0.5, 1)
+    rng = np.random.default_rng(2)
+    labels, truth = rng.integers(0, 3, 300), rng.integers(0, 3, 300)
+    assert probe(gallery, labels, queries, truth).right.mean() == pytest.approx(1 / 3, abs=0.09)
+    assert few_shot(gallery, labels, queries, truth, shots=5).mean() == pytest.approx(1 / 3, abs=0.09)
+
+
+def test_what_is_chosen_does_not_depend_on_the_queries() -> None:
+    gallery, labels = clusters(150, 0.6, 0)
+    queries, truth = clusters(50, 0.6, 1)
+    first = probe(gallery, labels, queries, truth)
+    second = probe(gallery, labels, queries, (truth + 1) % 3)
+    assert first.chosen_c == second.chosen_c
+    assert first.tried == second.tried
+    assert set(first.tried) == set(GRID)
+    assert first.tried[first.chosen_c] == max(first.tried.values())
+
+
+def test_a_linear_probe_reads_what_the_nearest_mean_cannot() -> None:
+    rng = np.random.default_rng(4)
+    labels = rng.integers(0, 2, 400)
+    rows = rng.normal(size=(400, 8))
+    rows[:, 0] = (labels - 0.5) * 0.4  # a narrow but clean direction under broad noise
+    rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+    right = probe(rows[:300], labels[:300], rows[300:], labels[300:]).right.mean()
+    assert right > few_shot(rows[:300], labels[:300], rows[300:], labels[300:], shots=1).mean() + 0.2
+
+
+def test_more_examples_help() -> None:
+    (gallery, labels), (queries, truth) = clusters(300, 0.5, 0), clusters(300, 0.5, 1)
+    one, many = (few_shot(gallery, labels, queries, truth, shots=shots).mean() for shots in (1, 50))
+    assert many > one + 0.05
+
+
+def test_a_single_class_is_refused() -> None:
+    gallery, _ = clusters(10, 0.1, 0)
+    labels = np.zeros(10, np.int64)
+    with pytest.raises(EvaluationError, match="two classes or more"):
+        probe(gallery, labels, gallery, labels)
+    with pytest.raises(EvaluationError, match="two or more"):
+        few_shot(gallery, labels, gallery, labels, shots=1)
+
+
+def test_a_class_with_one_picture_leaves_none_to_choose_on() -> None:
+    gallery, labels = clusters(20, 0.1, 0)
+    labels[0] = 3
+    with pytest.raises(EvaluationError, match="two pictures or more each"):
+        probe(gallery, labels, gallery, labels)
