@@ -34,6 +34,15 @@ if TYPE_CHECKING:
     multiple=True,
     help="Repeatable.  [default: all that the pictures allow; copies, with --train, only when asked for]",
 )
+@click.option(
+    "-k",
+    "recall_ks",
+    type=click.IntRange(min=1),
+    multiple=True,
+    default=(1, 5, 10),
+    show_default=True,
+    help="Of recall@k and precision@k; repeatable.",
+)
 @click.option("--compare", nargs=2, type=AnyPath, metavar="A B", help="Two encoders on the same pictures.")
 @click.option(
     "--ground-truth",
@@ -64,6 +73,7 @@ def eval_(
     pictures: tuple[Path, ...],
     train: tuple[Path, ...],
     protocols: tuple[Protocol, ...],
+    recall_ks: tuple[int, ...],
     compare: tuple[Path, Path] | None,
     ground_truth: Path | None,
     limit: int | None,
@@ -93,7 +103,10 @@ def eval_(
         return
     to_evaluate = sample(to_evaluate, limit)
     voters = sample(find_pictures(map(str, train)), limit) if train else []
-    found = [_evaluate(workspace, path, device, to_evaluate, voters, protocols) for path in (compare or (encoder,))]
+    found = [
+        _evaluate(workspace, path, device, to_evaluate, voters, protocols, recall_ks)
+        for path in (compare or (encoder,))
+    ]
     comparison = None
     if len(found) == 2:
         from mimco_deploy.evaluation.compare import compare as compare_encoders
@@ -113,13 +126,14 @@ def _evaluate(
     pictures: Sequence[Picture],
     voters: Sequence[Picture],
     protocols: Sequence[Protocol],
+    recall_ks: Sequence[int],
 ) -> Evaluation:
     from mimco_deploy.evaluation.evaluate import evaluate
     from mimco_deploy.terminal import counting_bar
 
     with _loaded(workspace, path, device) as (name, encoder), contextlib.ExitStack() as bars:
         return evaluate(
-            encoder, name, pictures, voters, protocols, lambda title: bars.enter_context(counting_bar(title))
+            encoder, name, pictures, voters, protocols, recall_ks, lambda title: bars.enter_context(counting_bar(title))
         )
 
 

@@ -67,6 +67,7 @@ def evaluate(
     pictures: Sequence[Picture],
     train: Sequence[Picture] = (),
     protocols: Sequence[Protocol] = (),
+    recall_ks: Sequence[int] = RECALL_KS,
     tell: Callable[[str], Tell] = lambda _: lambda _done, _all: None,
 ) -> Evaluation:
     """Evaluate one encoder.
@@ -77,6 +78,7 @@ def evaluate(
         pictures: to be evaluated.
         train: pictures with known classes, which vote and train the probe; may be none.
         protocols: which; by default all that the pictures allow.
+        recall_ks: of recall@k and precision@k, each 1 or more.
         tell: gives, for what is being done, where to report progress.
 
     Raises:
@@ -102,9 +104,9 @@ def evaluate(
     voters = embed_pictures(encoder, train, tell("pictures that vote")) if train else None
     found = Evaluation(name, about, embed_pictures(encoder, pictures, tell("pictures")), voters, classes)
     if voters is not None:
-        found.measures.extend(_by_votes(chosen, found, voters))
+        found.measures.extend(_by_votes(chosen, found, voters, recall_ks))
     elif "retrieval" in chosen:
-        among = retrieval_among(found.pictures.embeddings, found.pictures.labels(classes), RECALL_KS)
+        among = retrieval_among(found.pictures.embeddings, found.pictures.labels(classes), recall_ks)
         found.measures.extend(_retrieved(among))
     if "spread" in chosen:
         found.measures.extend(spread(found.pictures.embeddings))
@@ -126,7 +128,9 @@ def _check(protocols: Sequence[Protocol], labelled: bool, train: bool) -> None:
             raise EvaluationError("retrieval without classes", expected="two folders or more, a class each")
 
 
-def _by_votes(protocols: Sequence[Protocol], found: Evaluation, voters: Embedded) -> list[Measure]:
+def _by_votes(
+    protocols: Sequence[Protocol], found: Evaluation, voters: Embedded, recall_ks: Sequence[int]
+) -> list[Measure]:
     gallery, labels = voters.embeddings, voters.labels(found.classes)
     queries, truth = found.pictures.embeddings, found.pictures.labels(found.classes)
     measures: list[Measure] = []
@@ -142,7 +146,7 @@ def _by_votes(protocols: Sequence[Protocol], found: Evaluation, voters: Embedded
             right = few_shot(gallery, labels, queries, truth, shots)
             measures.append(mean_of("few-shot", f"top-1, {shots} a class", right))
     if "retrieval" in protocols:
-        measures.extend(_retrieved(retrieval(queries, truth, gallery, labels, RECALL_KS)))
+        measures.extend(_retrieved(retrieval(queries, truth, gallery, labels, recall_ks)))
     return measures
 
 

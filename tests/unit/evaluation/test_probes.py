@@ -42,7 +42,7 @@ def test_what_is_chosen_does_not_depend_on_the_queries() -> None:
     second = probe(gallery, labels, queries, (truth + 1) % 3)
     assert first.chosen_c == second.chosen_c
     assert first.tried == second.tried
-    assert set(first.tried) == set(GRID)
+    assert list(first.tried) == list(GRID[: len(first.tried)])
     assert first.tried[first.chosen_c] == max(first.tried.values())
 
 
