@@ -78,8 +78,11 @@ def find_pictures(sources: Iterable[str]) -> list[Picture]:
         elif source.suffix.lower() in IMAGE_SUFFIXES:
             pictures = iter([_file(source, None)])
         else:
-            pictures = _in_tar(source)
-        found.update((picture.name, picture) for picture in pictures)
+            pictures = _in_tar(source, None)
+        for picture in pictures:
+            known = found.get(picture.name)
+            if known is None or known.label is None:  # named twice, a picture keeps the folder that one naming tells
+                found[picture.name] = picture
     if not found:
         raise DataError(f"no picture in {', '.join(sources) or 'no source'}", expected="--data DIR with pictures")
     return [found[name] for name in sorted(found)]
@@ -94,7 +97,7 @@ def _in_folder(root: Path) -> Iterator[Picture]:
                 continue
             path = here / name
             if path.suffix == ".tar":
-                yield from _in_tar(path)
+                yield from _in_tar(path, here.name if here != root else None)
             elif path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
                 yield _file(path, here.name if here != root else None)
 
@@ -103,13 +106,14 @@ def _file(path: Path, label: str | None) -> Picture:
     return Picture(path, 0, path.stat().st_size, str(path), label)
 
 
-def _in_tar(path: Path) -> Iterator[Picture]:
+def _in_tar(path: Path, folder: str | None) -> Iterator[Picture]:
+    """The pictures of a tar; those in no folder inside of it have the label of the one that it lies in."""
     try:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
                 inside = Path(member.name)
-                if member.isreg() and inside.suffix.lower() in IMAGE_SUFFIXES:
-                    label = inside.parent.name or None
+                if member.isreg() and inside.suffix.lower() in IMAGE_SUFFIXES and not inside.name.startswith("."):
+                    label = inside.parent.name or folder
                     yield Picture(path, member.offset_data, member.size, f"{path}:{member.name}", label)
     except (tarfile.TarError, OSError) as error:
         expected = "a plain .tar, which is read in place; unpack or decompress it first"

@@ -30,7 +30,7 @@ ROWS: dict[str, Row] = {
     "simmim": Row("SimMIM: pixels of masked units, no teacher", "simmim"),
     "mae": Row("MAE: standardised pixels, no teacher", "mae"),
     "joint": Row("both pretexts at once, no frozen teacher", "joint"),
-    "fd": Row("FD: the teacher's tokens, nothing masked", "fd"),
+    "fd": Row("FD: the teacher's tokens, nothing masked", "fd", ("views.min_crop_scale=0.67",)),  # MimCo's views
     "mimco": Row("MimCo, both levels"),
     "mimco-from-teacher": Row("MimCo, both levels, starts as the teacher", settings=("method.init_from_teacher=true",)),
     "patch-only": Row("MimCo, patch level only", settings=(_PATCH_ALONE,)),

@@ -5,9 +5,11 @@
     python benchmarks/study/tables.py docs/study/raw > docs/study/tables.md
 
 Trains what is missing of a table, one row and seed after the other, and writes for each a JSON file with what was
-measured and the log of its training beside it; what is there already is not run again. All rows see the same number
-of pictures in the same order, with the preset's optimiser; a row is the preset but for its method and the settings
-that `rows.py` names. Labels are used to measure only.
+measured and the log of its training beside it; what is there already is not run again, and what was made in another
+way is refused. All students see the same number of pictures in the same order, under the preset's optimiser with a
+warm-up of a tenth of an epoch; masks and views are each method's own, but for FD, which gets MimCo's views and so is
+MimCo without masks and contrast. What the teacher cost comes on top for the rows that have one, and is written down.
+One teacher serves all seeds: a spread over seeds is that of stage 2. Labels are used to measure only.
 """
 
 from __future__ import annotations
@@ -32,10 +34,10 @@ import torch
 
 from benchmarks.study.rows import ROWS, TABLES, Row
 from mimco_deploy.atomic import write_bytes
-from mimco_deploy.bundle import EncoderSpec
+from mimco_deploy.bundle import EncoderSpec, Precision
 from mimco_deploy.evaluation.evaluate import Evaluation, Protocol, evaluate
 from mimco_deploy.export.pipeline import export_encoder
-from mimco_deploy.export.student import Source, from_checkpoint
+from mimco_deploy.export.student import Source, from_checkpoint, weights_hash
 from mimco_deploy.serving.encoders import Encoder, load_encoder
 from mimco_deploy.sources import Picture, find_pictures
 from mimco_deploy.training.backbone import CROP_SHARE, Backbone
@@ -43,15 +45,15 @@ from mimco_deploy.training.checkpoint import Checkpoint, read_checkpoint
 from mimco_deploy.training.config import Stage2Config
 from mimco_deploy.training.loop import StepReport
 from mimco_deploy.training.method_config import Pooling
-from mimco_deploy.training.presets import PRESETS, Recipe, with_stage2_method
+from mimco_deploy.training.presets import PRESETS, WITH_TEACHER, Recipe, with_stage2_method
 from mimco_deploy.training.runs import LAST
 from mimco_deploy.training.settings import apply_settings
 from mimco_deploy.training.stages import train_stage2
 
 RAW_SIDE_PX = 16
-PER_CLASS = 100
+PER_CLASS = 50
 """Train pictures of each class that vote and train the probe; the first by name."""
-PROTOCOLS: tuple[Protocol, ...] = ("knn", "linear", "few-shot", "retrieval", "spread")
+PROTOCOLS: tuple[Protocol, ...] = ("knn", "linear", "few-shot", "spread")
 
 
 class RawPixels:
@@ -72,7 +74,7 @@ class RawPixels:
         opset=0,
     )
     provider = "numpy"
-    precision = "fp32"
+    precision: Precision = "fp32"
 
     def embed(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """[B, H·W·3], L2-normalised."""
@@ -93,13 +95,14 @@ class Task:
 
     def measure(self, encoder: Encoder, name: str) -> dict[str, object]:
         """Tiny-ImageNet by all protocols, and the photos by retrieval."""
-        found = {"tiny-imagenet": _document(evaluate(encoder, name, self.queries, self.gallery, PROTOCOLS))}
+        pooling = encoder.spec.pooling
+        found = {f"tiny-imagenet, {pooling}": _document(evaluate(encoder, name, self.queries, self.gallery, PROTOCOLS))}
         if self.photos is not None:
             queries, gallery = (find_pictures([str(self.photos / part)]) for part in ("query", "gallery"))
             found["photos"] = _document(evaluate(encoder, name, queries, gallery, ("retrieval",)))
             everything = sorted(queries + gallery, key=lambda picture: picture.name)
             found["photos, copies"] = _document(evaluate(encoder, name, everything, (), ("copies",)))
-        return {"encoder": {"architecture": encoder.spec.architecture, "pooling": encoder.spec.pooling}, **found}
+        return {"pooling": pooling, **found}
 
     def knn(self, encoder: Encoder, name: str) -> dict[str, object]:
         """Tiny-ImageNet by weighted k-NN alone."""
@@ -135,7 +138,7 @@ def student_config(
         shared.append("method.init_from_teacher=false")
     config = apply_settings(config, [*shared, *row.settings])
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, sources=tuple(train)))
-    return dataclasses.replace(config, teacher=str(teacher)) if row.method in ("mimco", "fd") else config
+    return dataclasses.replace(config, teacher=str(teacher)) if row.method in WITH_TEACHER else config
 
 
 def train_row(config: Stage2Config, folder: Path) -> Checkpoint:
@@ -173,59 +176,67 @@ def main() -> None:
     task = Task(
         first_of_each_class(find_pictures(arguments.train), PER_CLASS), find_pictures(arguments.val), arguments.photos
     )
-    names = list(
-        dict.fromkeys(n for rows in TABLES.values() for n in rows)
-        if arguments.table == "all"
-        else TABLES[arguments.table]
-    )
+    every = dict.fromkeys(name for rows in TABLES.values() for name in rows)
+    names = arguments.rows or (list(every) if arguments.table == "all" else TABLES[arguments.table])
+    made_with = {
+        "preset": arguments.preset,
+        "epochs": arguments.epochs,
+        "teacher": weights_hash(read_checkpoint(arguments.teacher).load_model()),
+        "pictures": {
+            "gallery": len(task.gallery),
+            "queries": len(task.queries),
+            "photos": arguments.photos is not None,
+        },
+    }
     arguments.results.mkdir(parents=True, exist_ok=True)
     for seed in arguments.seeds:
-        for name in names if not arguments.rows else [n for n in names if n in arguments.rows]:
-            result = arguments.results / f"{name}-seed{seed}.json"
-            if result.exists() or (name in ("pixels", "teacher") and seed):
+        for name in names:
+            if name in ("pixels", "teacher") and seed != arguments.seeds[0]:
                 continue  # pixels have no seed, and the teacher is the one given
-            write_bytes(result, _run(name, seed, task, arguments))
+            result = arguments.results / f"{name}-seed{seed}.json"
+            if result.exists():
+                if json.loads(result.read_text(encoding="utf-8"))["made with"] != made_with:
+                    sys.exit(f"{result} was made with another teacher, preset, length or set of pictures")
+                continue
+            document = {"row": name, "seed": seed, "made with": made_with, **_run(name, seed, task, arguments)}
+            write_bytes(result, (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
             logging.info("%s is there", result)
 
 
-def _run(name: str, seed: int, task: Task, arguments: argparse.Namespace) -> bytes:
-    """Train and measure one row; its result as JSON."""
+def _run(name: str, seed: int, task: Task, arguments: argparse.Namespace) -> dict[str, object]:
+    """Train and measure one row."""
     recipe, folder = PRESETS[arguments.preset](), arguments.out / f"{name}-seed{seed}"
-    document: dict[str, object] = {"row": name, "seed": seed, "preset": arguments.preset}
-    start = time.perf_counter()
+    document: dict[str, object] = {"machine": _machine()}
     if name == "pixels":
-        document.update(task.measure(RawPixels(), name))  # type: ignore[arg-type]  # `precision` is a plain str here
-    elif name == "random":
+        return {**document, **task.measure(RawPixels(), name)}
+    if name == "random":
         torch.manual_seed(seed)
-        export_encoder(Source(Backbone(recipe.stage2.backbone), "mean", "random weights"), folder / "encoder")
-        document.update(task.measure(load_encoder(folder / "encoder"), name))
+        source = Source(Backbone(recipe.stage2.backbone), "mean", "random weights")
     else:
-        if name == "teacher":
-            checkpoint = read_checkpoint(arguments.teacher)
-            log = arguments.teacher.parent / "log.jsonl"
-        else:
+        checkpoint, log = read_checkpoint(arguments.teacher), arguments.teacher.parent / "log.jsonl"
+        teacher_cost = _cost(checkpoint, log)
+        if name != "teacher":
             row = ROWS[name]
             config = student_config(recipe, row, arguments.teacher, arguments.train, arguments.epochs, seed)
-            checkpoint = train_row(config, folder)
-            log = folder / "log.jsonl"
+            checkpoint, log = train_row(config, folder), folder / "log.jsonl"
             document["settings"] = row.settings
-        document["training"] = {
-            "steps": checkpoint.step,
-            "images": checkpoint.step * checkpoint.config.run.global_batch_size,
-            "seconds": _seconds(log, checkpoint.config.run.global_batch_size),
-            "config": dataclasses.asdict(dataclasses.replace(checkpoint.config, data=type(checkpoint.config.data)())),
-        }
+            if row.method in WITH_TEACHER:
+                document["teacher's training"] = teacher_cost
+        document["training"] = _cost(checkpoint, log)
+        settings = dataclasses.asdict(checkpoint.config)
+        document["config"] = {key: value for key, value in settings.items() if key not in ("data", "teacher")}  # paths
         shutil.copyfile(log, arguments.results / f"{name}-seed{seed}.log.jsonl")
         source = from_checkpoint(checkpoint)
-        export_encoder(source, folder / "encoder")
-        document.update(task.measure(load_encoder(folder / "encoder"), name))
-        other: Pooling = (
-            "mean" if source.pooling == "cls" else "cls"
-        )  # a loss on patches trains no CLS token, and the reverse
-        export_encoder(dataclasses.replace(source, pooling=other), folder / f"encoder-{other}")
-        document[f"tiny-imagenet, {other}"] = task.knn(load_encoder(folder / f"encoder-{other}"), name)
-    document["seconds with measuring"] = time.perf_counter() - start
-    document["machine"] = {
+    export_encoder(source, folder / "encoder")
+    document.update(task.measure(load_encoder(folder / "encoder"), name))
+    other: Pooling = "mean" if source.pooling == "cls" else "cls"  # a loss on patches trains no CLS token
+    export_encoder(dataclasses.replace(source, pooling=other), folder / f"encoder-{other}")
+    document[f"tiny-imagenet, {other}"] = task.knn(load_encoder(folder / f"encoder-{other}"), name)
+    return document
+
+
+def _machine() -> dict[str, object]:
+    return {
         "cpu": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -235,11 +246,15 @@ def _run(name: str, seed: int, task: Task, arguments: argparse.Namespace) -> byt
         "timm": timm.__version__,
         "onnxruntime": onnxruntime.__version__,
     }
-    return (json.dumps(document, indent=1, ensure_ascii=False, default=str) + "\n").encode()
+
+
+def _cost(checkpoint: Checkpoint, log: Path) -> dict[str, float]:
+    batch = checkpoint.config.run.global_batch_size
+    return {"steps": checkpoint.step, "images": checkpoint.step * batch, "seconds": _seconds(log, batch)}
 
 
 def _seconds(log: Path, batch: int) -> float:
-    """Time of training by the log: images over images a second, summed over its lines."""
+    """Of training by the log: images over images a second, summed over its lines."""
     rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     steps = np.diff([-1] + [row["step"] for row in rows])
     return float(sum(n * batch / row["images_per_s"] for n, row in zip(steps, rows, strict=True)))

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     multiple=True,
     default=(1, 5, 10),
     show_default=True,
-    help="Of recall@k and precision@k; repeatable.",
+    help="Of recall@k, precision@k and mP@k; repeatable.",
 )
 @click.option("--compare", nargs=2, type=AnyPath, metavar="A B", help="Two encoders on the same pictures.")
 @click.option(
@@ -95,11 +95,15 @@ def eval_(
 
     if compare and encoder:
         raise click.UsageError("--compare names both encoders; leave --encoder out.")
+    if compare and len(found_files := set(compare)) < 2:
+        raise click.UsageError(f"--compare takes two encoders, not {found_files.pop()} twice.")
     if ground_truth and (compare or train or protocols or report or limit):
-        raise click.UsageError("--ground-truth says what is measured; of the other options it takes --encoder alone.")
+        raise click.UsageError(
+            "--ground-truth says what is measured; of the other options it takes --encoder, --device and -k."
+        )
     to_evaluate = find_pictures(map(str, pictures))
     if ground_truth:
-        _revisited(workspace, encoder, device, ground_truth, to_evaluate, as_json)
+        _revisited(workspace, encoder, device, ground_truth, to_evaluate, recall_ks, as_json)
         return
     to_evaluate = sample(to_evaluate, limit)
     voters = sample(find_pictures(map(str, train)), limit) if train else []
@@ -112,11 +116,11 @@ def eval_(
         from mimco_deploy.evaluation.compare import compare as compare_encoders
 
         comparison = compare_encoders(*found)
+    _print(found, comparison, as_json)
     if report:
         from mimco_deploy.evaluation.page import write_page
 
         write_page(report, found, comparison)
-    _print(found, comparison, report, as_json)
 
 
 def _evaluate(
@@ -146,9 +150,8 @@ def _loaded(workspace: Workspace, path: Path | None, device: Device) -> Iterator
 
     bundle = path or encoder_of(workspace)
     say_if_shipped(bundle)
-    name = "/".join(bundle.parts[-2:])
     if is_archive(bundle) or (bundle / SPEC_FILE).is_file() or not bundle.is_dir():
-        yield name, load_encoder(bundle, device)
+        yield str(bundle), load_encoder(bundle, device)
         return
     with extra("export"):
         from mimco_deploy.export.pipeline import export_encoder
@@ -156,7 +159,7 @@ def _loaded(workspace: Workspace, path: Path | None, device: Device) -> Iterator
         from mimco_deploy.training.checkpoint import read_checkpoint
     with tempfile.TemporaryDirectory() as folder:
         export_encoder(from_checkpoint(read_checkpoint(bundle)), Path(folder) / "encoder")
-        yield name, load_encoder(Path(folder) / "encoder", device)
+        yield str(bundle), load_encoder(Path(folder) / "encoder", device)
 
 
 def _revisited(
@@ -165,6 +168,7 @@ def _revisited(
     device: Device,
     ground_truth: Path,
     pictures: Sequence[Picture],
+    ks: Sequence[int],
     as_json: bool,
 ) -> None:
     from mimco_deploy.evaluation.ground_truth import read_ground_truth
@@ -173,14 +177,14 @@ def _revisited(
 
     truth = read_ground_truth(ground_truth)
     with _loaded(workspace, path, device) as (name, encoder), counting_bar("pictures") as tell:
-        measures = measure_landmarks(encoder, truth, pictures, tell)
+        measures = measure_landmarks(encoder, truth, pictures, ks, tell)
     if as_json:
         print_json({"name": name, "measures": [measure.as_row() for measure in measures]})
         return
     _print_measures([[measure] for measure in measures], [name])
 
 
-def _print(found: Sequence[Evaluation], comparison: Comparison | None, report: Path | None, as_json: bool) -> None:
+def _print(found: Sequence[Evaluation], comparison: Comparison | None, as_json: bool) -> None:
     from mimco_deploy.evaluation.compare import table
 
     if as_json:
@@ -200,12 +204,10 @@ def _print(found: Sequence[Evaluation], comparison: Comparison | None, report: P
     if comparison is not None:
         click.echo("The second less the first, picture by picture; * is beyond chance at 95 %")
         for measure in comparison.differences:
-            star = " " if measure.low <= 0 <= measure.high else "*"
+            star = "*" if measure.beyond_chance else " "
             click.echo(f"{star} {measure.protocol:<10} {measure.name:<28} {_shown(measure)}")
         agreement = comparison.agreement
         click.echo(f"{agreement.name}: {_shown(agreement)}, by chance {comparison.by_chance:.3f}")
-    if report:
-        click.echo(f"the page is {report}")
 
 
 def _print_measures(rows: Sequence[Sequence[Measure | None]], names: Sequence[str]) -> None:
@@ -220,4 +222,7 @@ def _print_measures(rows: Sequence[Sequence[Measure | None]], names: Sequence[st
 
 
 def _shown(measure: Measure | None) -> str:
-    return "" if measure is None else f"{measure.value:.3f} ({measure.low:.3f} to {measure.high:.3f})"
+    if measure is None:
+        return ""
+    chosen = f", {measure.chosen}" if measure.chosen else ""
+    return f"{measure.value:.3f} ({measure.low:.3f} to {measure.high:.3f}){chosen}"

@@ -35,8 +35,8 @@ def compare(first: Evaluation, second: Evaluation) -> Comparison:
             f"{first.name} and {second.name} read {len(names[0])} and {len(names[1])} pictures, not the same",
             expected="pictures that do not change while they are evaluated",
         )
-    theirs = {(measure.protocol, _plain(measure.name)): measure for measure in second.measures}
-    pairs = [(measure, theirs.get((measure.protocol, _plain(measure.name)))) for measure in first.measures]
+    theirs = {(measure.protocol, measure.name): measure for measure in second.measures}
+    pairs = [(measure, theirs.get((measure.protocol, measure.name))) for measure in first.measures]
     differences = [found for ours, other in pairs if other is not None and (found := difference(ours, other))]
     agreement = neighbour_agreement(first.pictures.embeddings, second.pictures.embeddings)
     return Comparison(differences, agreement, 10 / (len(names[0]) - 1))
@@ -44,12 +44,5 @@ def compare(first: Evaluation, second: Evaluation) -> Comparison:
 
 def table(found: Sequence[Evaluation]) -> list[list[Measure | None]]:
     """One row a measure of the first, one column an encoder."""
-    columns = [{(measure.protocol, _plain(measure.name)): measure for measure in one.measures} for one in found]
-    return [
-        [column.get((measure.protocol, _plain(measure.name))) for column in columns] for measure in found[0].measures
-    ]
-
-
-def _plain(name: str) -> str:
-    """A measure's name without what was chosen on the way, such as the probe's C: two encoders may differ in it."""
-    return name.split(", C ")[0]
+    columns = [{(measure.protocol, measure.name): measure for measure in one.measures} for one in found]
+    return [[column.get((measure.protocol, measure.name)) for column in columns] for measure in found[0].measures]

@@ -7,6 +7,7 @@ that will be searched.
 from __future__ import annotations
 
 import io
+import math
 import zlib
 from collections.abc import Callable, Sequence
 
@@ -15,7 +16,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont
 
 from mimco_deploy.evaluation.measures import Measure, mean_of, statistic_of
-from mimco_deploy.evaluation.pictures import BATCH, Embeddings, Tell
+from mimco_deploy.evaluation.pictures import BATCH, Embeddings, Tell, embed_finite
 from mimco_deploy.preprocess import preprocess
 from mimco_deploy.serving.encoders import Encoder
 from mimco_deploy.sources import Picture
@@ -23,7 +24,8 @@ from mimco_deploy.sources import Picture
 Rows = npt.NDArray[np.int64]
 Edit = Callable[[Image.Image, np.random.Generator], Image.Image]
 SIDE_PX = 512
-"""Pictures are edited at this short side: a JPEG of a 12-megapixel photo would take longer than all else."""
+"""Pictures are edited at this short side, or the encoder's where that is larger: a JPEG of a 12-megapixel photo would
+take longer than all else."""
 _BLOCK = 256
 
 
@@ -123,18 +125,19 @@ def embed_copies(
     spec = encoder.spec
     rows: dict[str, list[Embeddings]] = {name: [] for name in EDITS}
     group = max(1, BATCH // len(EDITS))
+    side_px = max(SIDE_PX, math.ceil(spec.image_size_px / spec.crop_share))
     for start in range(0, len(pictures), group):
         some = pictures[start : start + group]
         pixels = []
         for picture in some:
-            upright = picture.decode(SIDE_PX)
+            upright = picture.decode(side_px)
             pixels += [
                 preprocess(
                     edit_picture(upright, name, picture.name), spec.image_size_px, spec.crop_share, spec.interpolation
                 )
                 for name in EDITS
             ]
-        found = encoder.embed(np.stack(pixels)).reshape(len(some), len(EDITS), -1)
+        found = embed_finite(encoder, np.stack(pixels)).reshape(len(some), len(EDITS), -1)
         for number, name in enumerate(EDITS):
             rows[name].append(found[:, number])
         tell(start + len(some), len(pictures))

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 
-from mimco_deploy.errors import EvaluationError
+from mimco_deploy.errors import EvaluationError, MimcoError
 from mimco_deploy.evaluation.copies import EDITS, copy_detection, embed_copies
 from mimco_deploy.evaluation.few_shot import SHOTS, few_shot
 from mimco_deploy.evaluation.knn import knn_accuracies
 from mimco_deploy.evaluation.label_free import alignment, spread
-from mimco_deploy.evaluation.linear import probe
+from mimco_deploy.evaluation.linear import obstacle_to_probing, probe
 from mimco_deploy.evaluation.measures import Measure, mean_of
-from mimco_deploy.evaluation.pictures import Embedded, Labels, Tell, check_classes, classes_of, embed_pictures
+from mimco_deploy.evaluation.pictures import (
+    Embedded,
+    Labels,
+    Tell,
+    check_apart,
+    check_classes,
+    classes_of,
+    embed_pictures,
+)
 from mimco_deploy.evaluation.retrieval import Retrieval, retrieval, retrieval_among
 from mimco_deploy.serving.encoders import Encoder
 from mimco_deploy.sources import Picture
+
+logger = logging.getLogger(__name__)
 
 Protocol = Literal["knn", "linear", "few-shot", "retrieval", "copies", "spread"]
 
@@ -82,15 +93,15 @@ def evaluate(
         tell: gives, for what is being done, where to report progress.
 
     Raises:
-        EvaluationError: the pictures do not allow a protocol.
+        EvaluationError: the pictures do not allow a protocol that was asked for; pictures vote and are evaluated.
         MissingExtraError: the linear probe was asked for without scikit-learn.
     """
     labelled = bool(train) or _have_classes(pictures)
-    chosen = protocols or (WITH_TRAIN if train else WITH_CLASSES if labelled else WITHOUT_LABELS)
-    _check(chosen, labelled, bool(train))
     classes = classes_of(train or pictures) if labelled else []
     if train:
         check_classes(classes, classes_of(pictures))
+        check_apart(pictures, train)
+    chosen = _choose(protocols, pictures, train, classes)
     spec = encoder.spec
     about: dict[str, str | int] = {
         "architecture": spec.architecture,
@@ -120,12 +131,43 @@ def _have_classes(pictures: Sequence[Picture]) -> bool:
     return None not in labels and len(labels) > 1
 
 
-def _check(protocols: Sequence[Protocol], labelled: bool, train: bool) -> None:
-    for protocol in protocols:
-        if protocol in ("knn", "linear", "few-shot") and not train:
-            raise EvaluationError(f"{protocol} without pictures that vote", expected="--train with <class>/<picture>")
-        if protocol == "retrieval" and not labelled:
-            raise EvaluationError("retrieval without classes", expected="two folders or more, a class each")
+def _choose(
+    asked: Sequence[Protocol], pictures: Sequence[Picture], train: Sequence[Picture], classes: Sequence[str]
+) -> Sequence[Protocol]:
+    """What is asked for, once nothing stands in its way; by default all that nothing stands in the way of.
+
+    Before anything is embedded: hours of work shall not end at a class with a single picture.
+    """
+    if asked:
+        for protocol in asked:
+            if (reason := _obstacle(protocol, pictures, train, classes)) is not None:
+                raise reason
+        return asked
+    chosen = []
+    for protocol in WITH_TRAIN if train else WITH_CLASSES if classes else WITHOUT_LABELS:
+        reason = _obstacle(protocol, pictures, train, classes)
+        if reason is None:
+            chosen.append(protocol)
+        else:
+            logger.warning("left out: %s", reason)
+    return chosen
+
+
+def _obstacle(
+    protocol: Protocol, pictures: Sequence[Picture], train: Sequence[Picture], classes: Sequence[str]
+) -> MimcoError | None:
+    if protocol in ("copies", "spread"):
+        few = len(pictures) < 2
+        return EvaluationError(f"{protocol} of one picture", expected="two or more") if few else None
+    if protocol != "retrieval" and not train:
+        return EvaluationError(f"{protocol} without pictures that vote", expected="--train with <class>/<picture>")
+    if len(classes) < 2:
+        return EvaluationError(
+            f"{protocol} with {len(classes)} classes", expected="two folders or more, a class each, with its pictures"
+        )
+    if protocol == "linear":
+        return obstacle_to_probing([str(picture.label) for picture in train])
+    return None
 
 
 def _by_votes(
@@ -140,7 +182,7 @@ def _by_votes(
             measures.append(mean_of("knn", f"top-5, k {k}", found_by_k.right_of_5))
     if "linear" in protocols:
         probed = probe(gallery, labels, queries, truth)
-        measures.append(mean_of("linear", f"top-1, C {probed.chosen_c:.2g}", probed.right))
+        measures.append(mean_of("linear", "top-1", probed.right, chosen=f"C {probed.chosen_c:.2g}"))
     if "few-shot" in protocols:
         for shots in SHOTS:
             right = few_shot(gallery, labels, queries, truth, shots)

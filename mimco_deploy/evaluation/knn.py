@@ -100,7 +100,7 @@ def knn_accuracies(
 
 
 def neighbour_confusion(
-    gallery: Floats, labels: Labels, queries: Floats, truth: Labels, k: int = 20
+    gallery: Floats, labels: Labels, queries: Floats, truth: Labels, k: int = 20, *, among: bool = False
 ) -> npt.NDArray[np.float64]:
     """Which classes the k nearest of a class's pictures have; each neighbour counts the same.
 
@@ -110,6 +110,7 @@ def neighbour_confusion(
         queries: [Q, D], L2-normalised.
         truth: [Q], classes from 0.
         k: neighbours; all of them where N < k.
+        among: whether the queries are the gallery, of which none is a neighbour of itself; k is then below N.
 
     Returns:
         [C, C], rows are the queries' classes, columns the neighbours'. Shares, which sum to 1 over a row; NaN in rows
@@ -117,19 +118,24 @@ def neighbour_confusion(
     """
     classes = int(max(labels.max(), truth.max())) + 1
     counts = np.zeros((classes, classes))
-    for rows, _, nearest in _neighbours(gallery, queries, k, classes):
+    for rows, _, nearest in _neighbours(gallery, queries, k, classes, among=among):
         np.add.at(counts, (truth[rows, None], labels[nearest]), 1)
     totals = counts.sum(axis=1, keepdims=True)
     shares: npt.NDArray[np.float64] = np.divide(counts, totals, out=np.full_like(counts, np.nan), where=totals > 0)
     return shares
 
 
-def _neighbours(gallery: Floats, queries: Floats, k: int, classes: int) -> Iterator[tuple[slice, Floats, Labels]]:
+def _neighbours(
+    gallery: Floats, queries: Floats, k: int, classes: int, *, among: bool = False
+) -> Iterator[tuple[slice, Floats, Labels]]:
     """The k nearest in blocks of queries: rows, cosines [B, k], gallery numbers [B, k], the nearest first."""
     k = min(k, len(gallery))
     block = min(1024, max(1, _BLOCK // max(len(gallery), classes)))
     for start in range(0, len(queries), block):
         cosines = queries[start : start + block] @ gallery.T  # [B, N]
+        if among:
+            own = np.arange(len(cosines))
+            cosines[own, start + own] = -np.inf
         nearest = np.argpartition(-cosines, k - 1, axis=1)[:, :k]
         least = np.take_along_axis(cosines, nearest, axis=1).min(axis=1, keepdims=True)
         # Partitioning takes any of those that are as near as the last; which, must not depend on the machine.

@@ -16,7 +16,7 @@ Embeddings = npt.NDArray[np.float32]
 Floats = npt.NDArray[np.float64]
 
 MAX_PICTURES = 2000
-"""Of which uniformity looks at all pairs, in each of its resamples: 32 MiB."""
+"""Of which uniformity looks at all pairs: 32 MiB."""
 _EPSILON = 1e-7
 """RankMe's, so that no direction has an entropy of log 0."""
 
@@ -53,8 +53,6 @@ def spread(embeddings: Embeddings) -> list[Measure]:
 
     def uniformity(counts: Floats) -> float:
         pairs = counts.sum() ** 2 - (counts**2).sum()
-        if not pairs:  # one picture is left, of two
-            return 0.0
         return float(np.log(counts @ kernel @ counts / pairs))
 
     return [

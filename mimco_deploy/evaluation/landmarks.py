@@ -10,7 +10,7 @@ import numpy as np
 from mimco_deploy.errors import EvaluationError
 from mimco_deploy.evaluation.ground_truth import GroundTruth
 from mimco_deploy.evaluation.measures import Measure, mean_of
-from mimco_deploy.evaluation.pictures import Embeddings, Tell, embed_pictures
+from mimco_deploy.evaluation.pictures import Embeddings, Tell, embed_finite, embed_pictures
 from mimco_deploy.evaluation.revisited import evaluate_revisited
 from mimco_deploy.preprocess import cut, preprocess
 from mimco_deploy.serving.encoders import Encoder
@@ -21,7 +21,11 @@ _WHOLE = 10**9
 
 
 def measure_landmarks(
-    encoder: Encoder, truth: GroundTruth, pictures: Sequence[Picture], tell: Tell = lambda _done, _all: None
+    encoder: Encoder,
+    truth: GroundTruth,
+    pictures: Sequence[Picture],
+    ks: Sequence[int] = (1, 5, 10),
+    tell: Tell = lambda _done, _all: None,
 ) -> list[Measure]:
     """MAP and mP@k of the three protocols.
 
@@ -29,6 +33,7 @@ def measure_landmarks(
         encoder: of a bundle.
         truth: the published ground truth.
         pictures: among which those of the ground truth are found, by their names without folder and suffix.
+        ks: of mP@k.
         tell: called with how many of the gallery are done, and of how many.
 
     Raises:
@@ -38,9 +43,12 @@ def measure_landmarks(
     Source: arXiv 1803.11285. Queries are cut by their boxes, as its evaluation does; each picture is the encoder's one
     square, not several scales of the whole.
     """
+    wanted = {*truth.gallery, *truth.queries}
     by_name: dict[str, Picture] = {}
     for picture in pictures:
         name = Path(picture.name.rpartition(":")[2]).stem
+        if name not in wanted:
+            continue
         if name in by_name:
             raise EvaluationError(f"{name} is there twice: {by_name[name].name} and {picture.name}")
         by_name[name] = picture
@@ -55,7 +63,7 @@ def measure_landmarks(
         name, problem = next(iter(gallery.refused.items()))
         raise EvaluationError(f"{len(gallery.refused)} pictures cannot be read, such as {name}: {problem}")
     queries = _embed_queries(encoder, truth, by_name)
-    found = evaluate_revisited(queries @ gallery.embeddings.T, truth)
+    found = evaluate_revisited(queries @ gallery.embeddings.T, truth, ks)
     measures = []
     for name, protocol in (("easy", found.easy), ("medium", found.medium), ("hard", found.hard)):
         measures.append(mean_of(name, "mAP", protocol.average_precision))
@@ -70,5 +78,5 @@ def _embed_queries(encoder: Encoder, truth: GroundTruth, by_name: dict[str, Pict
         picture = by_name[name].decode(_WHOLE)
         part = cut(picture, None if box is None else (box[0], box[1], box[2] - box[0], box[3] - box[1]))
         pixels = preprocess(part, spec.image_size_px, spec.crop_share, spec.interpolation)
-        rows.append(encoder.embed(pixels[None]))
+        rows.append(embed_finite(encoder, pixels[None]))
     return np.concatenate(rows)

@@ -7,12 +7,15 @@ that nothing was chosen on.
 
 from __future__ import annotations
 
+import importlib.util
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from mimco_deploy.errors import EvaluationError, MissingExtraError
+from mimco_deploy.errors import EvaluationError, MimcoError, MissingExtraError
 
 Floats = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
@@ -25,7 +28,8 @@ HELD_OUT = 0.1
 MAX_CHOOSING = 20_000
 """Training pictures at most while C is chosen. Our choice, for time; the last fit is on all."""
 PATIENCE = 2
-"""Values of C in a row, all worse than the best, after which weaker penalties are not tried: they take longest."""
+"""Values of C in a row, all worse than the best, after which weaker penalties are not tried: they take longest. Not
+before one was better than the first."""
 MAX_ITERATIONS = 1000
 """DINOv2's."""
 _SEED = 0
@@ -55,23 +59,18 @@ def probe(gallery: Floats, labels: Labels, queries: Floats, truth: Labels) -> Pr
         EvaluationError: fewer than two classes, or a class with a single picture, so none to choose on.
         MissingExtraError: scikit-learn is not installed.
     """
-    try:
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.model_selection import train_test_split
-        from sklearn.preprocessing import StandardScaler
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("scikit-learn is not installed", command='pip install "mimco-deploy[eval]"') from error
-    _, sizes = np.unique(labels, return_counts=True)
-    if len(sizes) < 2 or sizes.min() < 2:
-        raise EvaluationError(
-            f"{len(sizes)} classes, the smallest with {sizes.min() if len(sizes) else 0} pictures, for a linear probe",
-            expected="two classes or more, with two pictures or more each",
-        )
+    if (reason := obstacle_to_probing(labels.tolist())) is not None:
+        raise reason
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import train_test_split
+    from sklearn.preprocessing import StandardScaler
+
+    classes = len(np.unique(labels))
     # Embeddings have length 1 and differ in a few directions only: unscaled, no penalty fits all of them.
     scaler = StandardScaler().fit(gallery)
     scaled, asked = scaler.transform(gallery), scaler.transform(queries)
     kept = np.arange(len(labels))
-    held_out = max(round(HELD_OUT * len(kept)), len(sizes))
+    held_out = max(round(HELD_OUT * len(kept)), classes)
     fitting, choosing = train_test_split(kept, test_size=held_out, stratify=labels, random_state=_SEED)
     fitting = fitting[:MAX_CHOOSING]
     tried: dict[float, float] = {}
@@ -79,12 +78,26 @@ def probe(gallery: Floats, labels: Labels, queries: Floats, truth: Labels) -> Pr
     for c in GRID:
         _fit(classifier.set_params(C=c), scaled[fitting], labels[fitting])
         tried[c] = float((classifier.predict(scaled[choosing]) == labels[choosing]).mean())
-        if max(tried.values()) > max(list(tried.values())[-PATIENCE:]):
+        best, last = max(tried.values()), list(tried.values())[-PATIENCE:]
+        if best > max(tried[GRID[0]], *last):  # the strongest penalties may all say the largest class
             break
     chosen = max(tried, key=lambda c: (tried[c], -c))  # of equal ones the stronger penalty
     classifier = LogisticRegression(C=chosen, max_iter=MAX_ITERATIONS)
     _fit(classifier, scaled, labels)
     return Probed((classifier.predict(asked) == truth).astype(np.float64), chosen, tried)
+
+
+def obstacle_to_probing(labels: Sequence[object]) -> MimcoError | None:
+    """Why a probe cannot be trained on pictures of these classes, if it cannot."""
+    sizes = Counter(labels).values()
+    if len(sizes) < 2 or min(sizes) < 2:
+        return EvaluationError(
+            f"a linear probe on {len(sizes)} classes, the smallest with {min(sizes, default=0)} pictures",
+            expected="two classes or more, with two pictures or more each",
+        )
+    if importlib.util.find_spec("sklearn") is None:
+        return MissingExtraError("scikit-learn is not installed", command='pip install "mimco-deploy[eval]"')
+    return None
 
 
 def _fit(classifier: object, features: Floats, labels: Labels) -> None:

@@ -30,6 +30,8 @@ MAP_POINTS = 1000
 STRIPS, HITS = 8, 7
 MAX_CELLS = 40
 """Classes of which a table of neighbours can be read; of more, the pairs confused most are listed alone."""
+MAX_CLASSES = 2000
+"""Of more, whose neighbours are whose takes more memory than it tells."""
 PAIRS = 12
 NEIGHBOURS = 10
 _COLOURS = (
@@ -109,7 +111,7 @@ def _table(found: Sequence[Evaluation]) -> str:
 def _differences(comparison: Comparison) -> str:
     lines = ["<tr><th>protocol</th><th>measure</th><th>difference</th><th></th></tr>"]
     for measure in (*comparison.differences, comparison.agreement):
-        surely = "" if measure is comparison.agreement or measure.low <= 0 <= measure.high else "beyond chance"
+        surely = "beyond chance" if measure is not comparison.agreement and measure.beyond_chance else ""
         lines.append(
             f"<tr><td>{html.escape(measure.protocol)}</td><td>{html.escape(measure.name)}</td>"
             f"<td>{_number(measure)}</td><td>{surely}</td></tr>"
@@ -118,7 +120,8 @@ def _differences(comparison: Comparison) -> str:
 
 
 def _number(measure: Measure) -> str:
-    return f"{measure.value:.3f} ({measure.low:.3f} to {measure.high:.3f})"
+    chosen = f", {html.escape(measure.chosen)}" if measure.chosen else ""
+    return f"{measure.value:.3f} ({measure.low:.3f} to {measure.high:.3f}){chosen}"
 
 
 def _bar(measure: Measure) -> str:
@@ -191,7 +194,7 @@ def _scatter(places: npt.NDArray[np.float64], colours: Sequence[str], name: str)
 def _confusion(evaluation: Evaluation) -> str:
     """Whose neighbours are of which class: a table where it can be read, and the pairs confused most."""
     labels = labels_of(evaluation)
-    if labels is None or len(evaluation.classes) < 2:
+    if labels is None or not 2 <= len(evaluation.classes) <= MAX_CLASSES:
         return ""
     shares = _neighbour_classes(evaluation, labels)
     worst = np.nan_to_num(shares)
@@ -216,10 +219,7 @@ def _neighbour_classes(evaluation: Evaluation, labels: npt.NDArray[np.int64]) ->
     if voters is not None:
         gallery, theirs = voters.embeddings, voters.labels(evaluation.classes)
         return neighbour_confusion(gallery, theirs, queries, labels, k=min(NEIGHBOURS, len(gallery)))
-    k = min(NEIGHBOURS, len(queries) - 1)
-    with_itself = neighbour_confusion(queries, labels, queries, labels, k=k + 1)  # each is its own nearest
-    shares: npt.NDArray[np.float64] = np.clip((with_itself * (k + 1) - np.eye(len(with_itself))) / k, 0.0, 1.0)
-    return shares
+    return neighbour_confusion(queries, labels, queries, labels, k=min(NEIGHBOURS, len(queries) - 1), among=True)
 
 
 def _cells(shares: npt.NDArray[np.float64], names: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ from itertools import islice
 import numpy as np
 import numpy.typing as npt
 
-from mimco_deploy.errors import ConfigError, EvaluationError, ImageError
+from mimco_deploy.errors import EvaluationError, ImageError
 from mimco_deploy.preprocess import decode_pixels
 from mimco_deploy.serving.encoders import Encoder
 from mimco_deploy.sources import Picture
@@ -71,13 +71,25 @@ def embed_pictures(encoder: Encoder, pictures: Sequence[Picture], tell: Tell = l
             good.append(picture)
             batch.append(pixels)
         if len(batch) == BATCH or (batch and done == len(pictures)):
-            rows.append(encoder.embed(np.stack(batch)))
+            rows.append(embed_finite(encoder, np.stack(batch)))
             batch = []
             tell(done, len(pictures))
     if not good:
         first = next(iter(refused.items()), ("", "no picture"))
         raise EvaluationError(f"none of {len(pictures)} pictures can be read, {first[0]}: {first[1]}")
     return Embedded(good, np.concatenate(rows), refused)
+
+
+def embed_finite(encoder: Encoder, pixels: Pixels) -> Embeddings:
+    """Embed pixels [B, H, W, 3]; an embedding that is not a number would pass for any neighbour.
+
+    Raises:
+        EvaluationError: there is one.
+    """
+    embeddings = encoder.embed(pixels)
+    if not np.isfinite(embeddings).all():
+        raise EvaluationError("the encoder gives embeddings that are not finite", expected="an encoder that was proved")
+    return embeddings
 
 
 def classes_of(pictures: Iterable[Picture]) -> list[str]:
@@ -95,7 +107,7 @@ def classes_of(pictures: Iterable[Picture]) -> list[str]:
 
 
 def check_classes(train: Sequence[str], val: Sequence[str]) -> None:
-    """Refuse pictures to be classified of which no class is among those that vote.
+    """Refuse pictures of a class that nobody votes for.
 
     Raises:
         EvaluationError: there are some.
@@ -109,18 +121,44 @@ def check_classes(train: Sequence[str], val: Sequence[str]) -> None:
         )
 
 
-def sample(pictures: Sequence[Picture], limit: int | None, seed: int = 0) -> list[Picture]:
-    """At most `limit` pictures, drawn at random but always the same, in their order.
+def check_apart(pictures: Iterable[Picture], train: Iterable[Picture]) -> None:
+    """Refuse pictures that are evaluated and vote as well: each would find itself.
 
     Raises:
-        ConfigError: the limit is below 1.
+        EvaluationError: there are some.
+    """
+    both = {_place(picture) for picture in pictures} & {_place(picture) for picture in train}
+    if both:
+        path, _ = min(both)
+        raise EvaluationError(
+            f"{len(both)} pictures are among those evaluated and in --train, such as one in {path}",
+            expected="two sets that share none",
+        )
+
+
+def _place(picture: Picture) -> tuple[str, int]:
+    return str(picture.file.resolve()), picture.offset
+
+
+def sample(pictures: Sequence[Picture], limit: int | None, seed: int = 0) -> list[Picture]:
+    """About `limit` pictures, of each folder its share and two at least, at random but always the same, in their order.
+
+    Args:
+        pictures: to choose from.
+        limit: how many; all where None.
+        seed: of the draw.
     """
     if limit is None or len(pictures) <= limit:
         return list(pictures)
-    if limit < 1:
-        raise ConfigError(f"a sample of {limit} pictures", expected="at least 1")
-    chosen = np.sort(np.random.default_rng(seed).permutation(len(pictures))[:limit])
-    return [pictures[number] for number in chosen]
+    members: dict[str | None, list[int]] = {}
+    for number, picture in enumerate(pictures):
+        members.setdefault(picture.label, []).append(number)
+    rng = np.random.default_rng(seed)
+    chosen: list[int] = []
+    for numbers in members.values():
+        share = max(2, round(limit * len(numbers) / len(pictures)))
+        chosen += rng.permutation(numbers)[:share].tolist()
+    return [pictures[number] for number in sorted(chosen)]
 
 
 def _ahead(

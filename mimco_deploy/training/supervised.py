@@ -158,7 +158,7 @@ class _Run:
         self._progress = Progress(total_steps=total, corpus=corpus.fingerprint, licence=licence)
         if resume is not None:
             resume.restore_optimizer(self._optimizer)
-            self._progress = dataclasses.replace(resume.progress)
+            self._progress = dataclasses.replace(resume.progress, rows=list(resume.progress.rows))
         self._schedule = lr_schedule(
             self._optimizer,
             schedule_of(config),
@@ -178,6 +178,8 @@ class _Run:
     def go(self) -> None:
         """Every step that is left."""
         progress, run, steps_per_epoch = self._progress, self._config.run, self._sampler.steps_per_epoch
+        if progress.rows and is_main():
+            self._write_log()  # the run may have ended between checkpoint and log
         workers = self._config.data.workers
         batches = load_batches(self._corpus, make_views(self._config), self._sampler, run.seed, workers)
         self._method.check()
@@ -278,5 +280,8 @@ class _Run:
         progress = dataclasses.replace(self._progress, loss_sum=losses)
         last = self._folder / "last"
         save_run(last, self._method, self._optimizer, self._asked, progress, self._corpus.classes)
-        lines = "".join(f"{json.dumps(row)}\n" for row in progress.rows)
+        self._write_log()
+
+    def _write_log(self) -> None:
+        lines = "".join(f"{json.dumps(row)}\n" for row in self._progress.rows)
         write_bytes(self._folder / "log.jsonl", lines.encode())

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from click.testing import CliRunner
 from PIL import Image
@@ -62,9 +64,36 @@ def test_classes_allow_votes_probes_and_retrieval(encoder: Encoder, val: list[Pi
     assert by_name(found)["knn", "top-1, k 10"].count == len(val)
 
 
-def test_the_pictures_themselves_as_voters_are_all_found(encoder: Encoder, val: list[Picture]) -> None:
-    found = by_name(evaluate(encoder, "tiny", val, val, ("retrieval",)))
-    assert found["retrieval", "recall@1"].value == 1.0  # each finds itself: the voters are another set by contract
+def test_pictures_do_not_vote_for_themselves(encoder: Encoder, val: list[Picture], train: list[Picture]) -> None:
+    with pytest.raises(EvaluationError, match="1 pictures are among those evaluated and in --train"):
+        evaluate(encoder, "tiny", val, [*train, val[0]])
+
+
+def test_a_single_class_is_no_classification(encoder: Encoder, val: list[Picture], train: list[Picture]) -> None:
+    queries, voters = ([picture for picture in pictures if picture.label == KINDS[0]] for pictures in (val, train))
+    with pytest.raises(EvaluationError, match="knn with 1 classes"):
+        evaluate(encoder, "tiny", queries, voters, ("knn",))
+
+
+def test_what_the_pictures_do_not_allow_is_left_out_before_work_begins(
+    encoder: Encoder, val: list[Picture], train: list[Picture], caplog: pytest.LogCaptureFixture
+) -> None:
+    thin = [*[p for p in train if p.label != KINDS[0]], next(p for p in train if p.label == KINDS[0])]
+    found = evaluate(encoder, "tiny", val, thin)
+    assert "linear" not in {measure.protocol for measure in found.measures}
+    assert "the smallest with 1 pictures" in caplog.text
+    with pytest.raises(EvaluationError, match="the smallest with 1 pictures"):
+        evaluate(encoder, "tiny", val, thin, ("linear",))
+
+
+def test_an_encoder_that_gives_no_numbers_is_refused(val: list[Picture]) -> None:
+    class Broken(CountingEncoder):
+        def embed(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+            return np.full_like(super().embed(images), np.nan)
+
+    for protocol in ("retrieval", "copies"):
+        with pytest.raises(EvaluationError, match="not finite"):
+            evaluate(as_encoder(Broken()), "broken", val, (), (protocol,))
 
 
 def test_without_voters_no_picture_finds_itself(encoder: Encoder, tmp_path: Path) -> None:
@@ -127,11 +156,12 @@ def test_embeddings_are_in_the_order_of_the_pictures(encoder: Encoder, tmp_path:
         np.testing.assert_allclose(together[number], alone, atol=1e-6)
 
 
-def test_a_sample_is_always_the_same_and_in_order(train: list[Picture]) -> None:
-    chosen = sample(train, 7)
-    assert chosen == sample(train, 7)
+def test_a_sample_is_always_the_same_in_order_and_of_every_folder(train: list[Picture]) -> None:
+    chosen = sample(train, 12)
+    assert chosen == sample(train, 12)
     assert [picture.name for picture in chosen] == sorted(picture.name for picture in chosen)
-    assert len(chosen) == 7
+    assert Counter(picture.label for picture in chosen) == dict.fromkeys(KINDS[:3], 4)
+    assert Counter(picture.label for picture in sample(train, 1)) == dict.fromkeys(KINDS[:3], 2)
     assert sample(train, 10_000) == train
 
 
@@ -246,10 +276,37 @@ def test_the_command_prints_json_and_writes_the_page(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, asked)
     assert result.exit_code == 0, result.output
     document = json.loads(result.stdout)
-    assert [found["name"] for found in document["encoders"]] == ["/".join(path.parts[-2:]) for path in (bundle, other)]
+    assert [found["name"] for found in document["encoders"]] == [str(bundle), str(other)]
     assert document["encoders"][0]["pictures"] == 15
     assert 0 < document["agreement"]["value"] < 1
     assert page.read_text("utf-8").startswith("<!doctype html>")
+
+
+def test_the_command_prints_a_table_and_takes_a_sample(tmp_path: Path) -> None:
+    bundle = tiny_bundle(tmp_path / "encoder")
+    draw_classes(tmp_path / "val", 5, 100)
+    draw_classes(tmp_path / "train", 5)
+    asked = ["eval", str(tmp_path / "val"), "--train", str(tmp_path / "train"), "--encoder", str(bundle)]
+    result = CliRunner().invoke(
+        main, [*asked, "--limit", "6", "--protocol", "linear", "--protocol", "retrieval", "-k", "2"]
+    )
+    assert result.exit_code == 0, result.output
+    assert re.search(r"linear +top-1 +\d\.\d{3} \(.*C \S+ +6", result.stdout)
+    assert "recall@2" in result.stdout
+    assert "recall@1 " not in result.stdout
+
+
+def test_the_command_compares_and_marks_only_what_is_beyond_chance(tmp_path: Path) -> None:
+    bundle, other = tiny_bundle(tmp_path / "a"), tiny_bundle(tmp_path / "b", seed=1)
+    for number, kind in enumerate(KINDS[:13]):  # a class each: nobody has a relevant picture
+        (tmp_path / "val" / f"{number}").mkdir(parents=True)
+        draw(kind, number, 48).save(tmp_path / "val" / f"{number}" / "one.png")
+    asked = ["eval", str(tmp_path / "val"), "--protocol", "retrieval", "--compare", str(bundle), str(other)]
+    result = CliRunner().invoke(main, asked)
+    assert result.exit_code == 0, result.output
+    assert "* retrieval" not in result.stdout
+    document = json.loads(CliRunner().invoke(main, [*asked, "--json"]).stdout, parse_constant=pytest.fail)
+    assert document["differences"][0]["value"] is None
 
 
 def test_the_command_refuses_options_that_contradict(tmp_path: Path) -> None:

@@ -133,3 +133,11 @@ def test_small_blocks_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
         np.testing.assert_array_equal(accuracy.right, whole[k].right)
         np.testing.assert_array_equal(accuracy.right_of_5, whole[k].right_of_5)
     np.testing.assert_array_equal(neighbour_confusion(*arguments, 4), confusion)
+
+
+def test_among_themselves_no_picture_is_its_own_neighbour() -> None:
+    gallery = np.repeat(np.eye(2, dtype=np.float32), 3, axis=0)  # three copies of each of two pictures
+    labels = np.array([0, 0, 1, 1, 1, 0])
+    shares = neighbour_confusion(gallery, labels, gallery, labels, k=2, among=True)
+    # 0, 1 and 2 see each other, 3, 4 and 5 too: of class 0, pictures 0 and 1 see {0, 1} each, picture 5 sees {1, 1}
+    np.testing.assert_allclose(shares, [[2 / 6, 4 / 6], [4 / 6, 2 / 6]])

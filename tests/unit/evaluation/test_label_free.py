@@ -74,6 +74,12 @@ def test_unrelated_encoders_agree_by_chance() -> None:
     assert found.value == pytest.approx(10 / 499, abs=0.01)
 
 
+def test_of_a_few_pictures_no_interval_is_known() -> None:
+    rank, _ = spread(random_embeddings(2, 4))
+    assert rank.value > 1
+    assert np.isnan(rank.low)
+
+
 def test_too_few_pictures_to_compare_neighbours_are_refused() -> None:
     with pytest.raises(EvaluationError, match="12 or more"):
         neighbour_agreement(random_embeddings(11, 4), random_embeddings(11, 4))

@@ -9,11 +9,25 @@ import pytest
 from mimco_deploy.evaluation.measures import difference, mean_of, statistic_of
 
 
+@pytest.mark.parametrize(("count", "share"), [(100, 0.3), (100, 0.97), (12, 0.9)])
+def test_the_interval_of_a_share_holds_it_nineteen_times_of_twenty(count: int, share: float) -> None:
+    rng = np.random.default_rng(0)
+    held = 0
+    for _ in range(200):
+        measure = mean_of("p", "n", rng.random(count) < share)
+        held += measure.low <= share <= measure.high
+    assert held / 200 >= 0.90
+
+
+def test_all_right_of_twelve_is_not_certain() -> None:
+    assert mean_of("p", "n", np.ones(12)).low == pytest.approx(0.757, abs=1e-3)  # Wilson's, 12 / (12 + 1.96²)
+
+
 def test_the_interval_holds_the_true_mean_nineteen_times_of_twenty() -> None:
     rng = np.random.default_rng(0)
     held = 0
     for _ in range(200):
-        measure = mean_of("p", "n", rng.random(100) < 0.3)
+        measure = mean_of("p", "n", 0.6 * rng.random(100))
         held += measure.low <= 0.3 <= measure.high
     assert 0.90 <= held / 200 <= 0.98  # two standard errors of a share of 0.95 over 200 are 0.03
 
@@ -39,6 +53,18 @@ def test_a_difference_of_pairs_is_narrower_than_two_intervals() -> None:
     assert paired is not None
     assert paired.value == pytest.approx(0.01)
     assert paired.low > 0 > ours.low - theirs.high
+
+
+def test_four_pictures_of_a_thousand_are_within_chance() -> None:
+    first, second = np.zeros(1000), np.zeros(1000)
+    second[:4] = 1
+    few = difference(mean_of("p", "n", first), mean_of("p", "n", second))
+    second[:12] = 1
+    more = difference(mean_of("p", "n", first), mean_of("p", "n", second))
+    assert few is not None
+    assert more is not None
+    assert not few.beyond_chance  # a sign test gives p 0.125
+    assert more.beyond_chance
 
 
 def test_what_is_no_mean_has_no_paired_difference() -> None:

@@ -39,7 +39,7 @@ def test_what_is_chosen_does_not_depend_on_the_queries() -> None:
     gallery, labels = clusters(150, 0.6, 0)
     queries, truth = clusters(50, 0.6, 1)
     first = probe(gallery, labels, queries, truth)
-    second = probe(gallery, labels, queries, (truth + 1) % 3)
+    second = probe(gallery, labels, 100 * queries[:10] + 7, (truth[:10] + 1) % 3)
     assert first.chosen_c == second.chosen_c
     assert first.tried == second.tried
     assert list(first.tried) == list(GRID[: len(first.tried)])
@@ -54,6 +54,15 @@ def test_a_linear_probe_reads_what_the_nearest_mean_cannot() -> None:
     rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
     right = probe(rows[:300], labels[:300], rows[300:], labels[300:]).right.mean()
     assert right > few_shot(rows[:300], labels[:300], rows[300:], labels[300:], shots=1).mean() + 0.2
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_large_class_does_not_end_the_search_for_a_penalty(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    labels = (rng.random(200) < 0.2).astype(np.int64)
+    rows = rng.normal(size=(200, 64)) + labels[:, None] * 0.4
+    probed = probe(rows.astype(np.float32), labels, rows.astype(np.float32), labels)
+    assert len(probed.tried) > 6  # beyond the penalties under which everything is of the large class
 
 
 def test_more_examples_help() -> None:

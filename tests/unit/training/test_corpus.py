@@ -115,6 +115,26 @@ def test_tars_inside_a_folder_are_walked(tmp_path: Path) -> None:
     assert len(names) == 3
 
 
+def test_pictures_in_a_tar_have_the_label_of_its_folder_where_it_has_none_inside(tmp_path: Path) -> None:
+    paths = gallery(tmp_path / "spare", 2)
+    (tmp_path / "photos/cats").mkdir(parents=True)
+    pack(tmp_path / "photos/cats/more.tar", {"0.png": paths[0], "tabby/1.png": paths[1]})
+    assert [picture.label for picture in find_pictures([str(tmp_path / "photos")])] == ["cats", "tabby"]
+
+
+def test_what_a_mac_writes_beside_each_picture_is_none_in_a_tar_either(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.png", 0)
+    tar = pack(tmp_path / "set.tar", {"cats/1.png": path, "cats/._1.png": path})
+    assert [picture.name for picture in find_pictures([str(tar)])] == [f"{tar}:cats/1.png"]
+
+
+@pytest.mark.parametrize("inner_first", [True, False])
+def test_a_picture_named_twice_keeps_the_label_that_one_naming_tells(tmp_path: Path, inner_first: bool) -> None:
+    save(tmp_path / "photos/cats/1.png", 0)
+    sources = [str(tmp_path / "photos/cats"), str(tmp_path / "photos")]
+    assert [picture.label for picture in find_pictures(sources if inner_first else sources[::-1])] == ["cats"]
+
+
 def test_links_and_folders_in_a_tar_are_passed_over(tmp_path: Path) -> None:
     path = save(tmp_path / "a.png", 0)
     with tarfile.open(tmp_path / "set.tar", "w") as archive:
