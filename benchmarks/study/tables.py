@@ -45,7 +45,8 @@ def find(document: dict[str, Any], part: str, protocol: str, name: str) -> dict[
     if part == "tiny-imagenet":
         part = f"tiny-imagenet, {document.get('pooling', 'none')}"
     for measure in document.get(part, {}).get("measures", []):
-        if measure["protocol"] == protocol and measure["name"] == name:
+        plain = measure["name"].split(", C ")[0]  # results before 2026-11-26 have the probe's choice in the name
+        if measure["protocol"] == protocol and plain == name:
             return dict(measure)
     return None
 

@@ -36,5 +36,10 @@ def test_a_wheel_without_torch_indexes_and_searches(chain: Chain, tmp_path: Path
     ).json()["hits"]
     assert Path(hits[0]["path"]) == chain.pictures[3]
 
+    bare = [tmp_path / "venv/bin/mimco", "--workspace", tmp_path / "bare"]  # nothing but the wheel: its own encoder
+    assert "mimco-vit" in run([*bare, "index", chain.home / "images"], tmp_path).err
+    found = run([*bare, "search", chain.pictures[5], "-k", "1", "--json"], tmp_path).json()["hits"]
+    assert Path(found[0]["path"]) == chain.pictures[5]
+
     refused = run([*mimco, "train", "stage1", "--data", chain.home / "images"], tmp_path, code=1)
     assert 'pip install "mimco-deploy[train]"' in refused.err
