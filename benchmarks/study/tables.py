@@ -42,8 +42,10 @@ def read(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 def find(document: dict[str, Any], part: str, protocol: str, name: str) -> dict[str, Any] | None:
     """One measure of a result."""
-    if part == "tiny-imagenet":
-        part = f"tiny-imagenet, {document.get('pooling', 'none')}"
+    if part == "tiny-imagenet" or document["pooling"] == "none":  # pixels are not pooled
+        part = part.replace("tiny-imagenet, mean", "tiny-imagenet").replace(
+            "tiny-imagenet", f"tiny-imagenet, {document['pooling']}", 1
+        )
     for measure in document.get(part, {}).get("measures", []):
         plain = measure["name"].split(", C ")[0]  # results before 2026-11-26 have the probe's choice in the name
         if measure["protocol"] == protocol and plain == name:
@@ -85,10 +87,10 @@ def table(name: str, results: dict[str, list[dict[str, Any]]]) -> list[str]:
 def main() -> None:
     """Print all tables of the folder given."""
     results = read(Path(sys.argv[1]))
-    for name in TABLES:
-        print(f"## {name.capitalize()}\n")
-        print("\n".join(table(name, results)))
-        print()
+    for name, rows in TABLES.items():
+        if sum(row in results for row in rows) > 1:
+            print(f"## {name.capitalize()}\n")
+            print("\n".join(table(name, results)), end="\n\n")
 
 
 if __name__ == "__main__":

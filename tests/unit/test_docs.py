@@ -26,7 +26,7 @@ from mimco_deploy.training.settings import leaves
 from tests.helpers import CountingEncoder, gallery, save, tiny_bundle
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("tests/**/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("tests/**/*.md")])
 WRITTEN = [page for page in PAGES if page.name != "cli.md"]
 """Pages by hand."""
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
