@@ -74,6 +74,15 @@ def print_json(document: object) -> None:
     click.echo(json.dumps(document, default=str))
 
 
+device_option = click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda", "tensorrt"]),
+    default="auto",
+    show_default=True,
+    help="Where the encoder runs.",
+)
+
+
 def runtime_options(function: FunctionT) -> FunctionT:
     """Options that say which encoder runs, and where; `load_encoder` takes them."""
     options = [
@@ -82,13 +91,7 @@ def runtime_options(function: FunctionT) -> FunctionT:
             type=AnyPath,
             help="Bundle: folder, .zip or .tar.  [default: the index's, else the workspace's, else mimco's]",
         ),
-        click.option(
-            "--device",
-            type=click.Choice(["auto", "cpu", "cuda", "tensorrt"]),
-            default="auto",
-            show_default=True,
-            help="Where the encoder runs.",
-        ),
+        device_option,
         click.option("--strict", is_flag=True, help="Fail where the encoder does not run on that device."),
     ]
     for option in reversed(options):

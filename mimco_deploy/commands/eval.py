@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mimco_deploy.commands.common import AnyPath, extra, json_option, print_json, say_if_shipped
+from mimco_deploy.commands.common import AnyPath, device_option, extra, json_option, print_json, say_if_shipped
 from mimco_deploy.shipped import encoder_of
 from mimco_deploy.workspace import Workspace
 
@@ -50,7 +50,9 @@ if TYPE_CHECKING:
     help="Of Revisited Oxford or Paris, as published (gnd_roxford5k.pkl); PICTURES is their folder.",
 )
 @click.option(
-    "--limit", type=click.IntRange(min=2), help="Take at most so many of PICTURES, and of --train, at random."
+    "--limit",
+    type=click.IntRange(min=2),
+    help="Take about so many of PICTURES, and of --train, of each class its share.",
 )
 @click.option("--report", type=click.Path(path_type=Path, dir_okay=False), help="Write a page with plots there, too.")
 @click.option(
@@ -58,13 +60,7 @@ if TYPE_CHECKING:
     type=AnyPath,
     help="Bundle, or a checkpoint's folder.  [default: the workspace's encoder, else mimco's]",
 )
-@click.option(
-    "--device",
-    type=click.Choice(["auto", "cpu", "cuda", "tensorrt"]),
-    default="auto",
-    show_default=True,
-    help="Where the encoder runs.",
-)
+@device_option
 @json_option
 @click.pass_obj
 def eval_(
@@ -90,6 +86,7 @@ def eval_(
     mimco eval ./photos --compare old/ .mimco/encoder --report compare.html
     mimco eval jpg/ --ground-truth gnd_roxford5k.pkl
     """
+    from mimco_deploy.evaluation.label_free import check_enough
     from mimco_deploy.evaluation.pictures import sample
     from mimco_deploy.sources import find_pictures
 
@@ -106,6 +103,8 @@ def eval_(
         _revisited(workspace, encoder, device, ground_truth, to_evaluate, recall_ks, as_json)
         return
     to_evaluate = sample(to_evaluate, limit)
+    if compare:
+        check_enough(len(to_evaluate))  # before hours of work, not after
     voters = sample(find_pictures(map(str, train)), limit) if train else []
     found = [
         _evaluate(workspace, path, device, to_evaluate, voters, protocols, recall_ks)

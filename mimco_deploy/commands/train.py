@@ -39,6 +39,15 @@ class _MicroBatches(click.ParamType):  # type: ignore[type-arg]  # generic in ne
         return str(value)
 
 
+_ANY_RUN = (
+    click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any setting; repeatable."),
+    click.option("--resume", is_flag=True, help="Go on from the last checkpoint, with its settings."),
+    click.option("--fresh", is_flag=True, help="Start anew; a run that is there is moved aside."),
+    json_option,
+)
+"""Options of every command that trains."""
+
+
 def _training_options(function: FunctionT) -> FunctionT:
     options = [
         click.option(
@@ -54,10 +63,7 @@ def _training_options(function: FunctionT) -> FunctionT:
             help="Micro-batches in a step; auto takes as few as fit into memory.",
         ),
         click.option("--plan", is_flag=True, help="Say what the run will take, and stop: memory, speed, hours, disk."),
-        click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any setting; repeatable."),
-        click.option("--resume", is_flag=True, help="Go on from the last checkpoint, with its settings."),
-        click.option("--fresh", is_flag=True, help="Start anew; a run that is there is moved aside."),
-        json_option,
+        *_ANY_RUN,
     ]
     for option in reversed(options):
         function = option(function)
@@ -146,10 +152,7 @@ def _labelled_options(function: FunctionT) -> FunctionT:
         click.option("--val", multiple=True, type=AnyPath, help="The same classes, to measure on; repeatable."),
         click.option("--epochs", type=click.IntRange(min=1), help="Passes over the pictures."),
         click.option("--batch-size", type=click.IntRange(min=2), help="Pictures in a step, over all processes."),
-        click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any setting; repeatable."),
-        click.option("--resume", is_flag=True, help="Go on from the last checkpoint, with its settings."),
-        click.option("--fresh", is_flag=True, help="Start anew; a run that is there is moved aside."),
-        json_option,
+        *_ANY_RUN,
     ]
     for option in reversed(options):
         function = option(function)

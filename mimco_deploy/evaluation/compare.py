@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mimco_deploy.errors import EvaluationError
 from mimco_deploy.evaluation.evaluate import Evaluation
-from mimco_deploy.evaluation.label_free import neighbour_agreement
+from mimco_deploy.evaluation.label_free import NEIGHBOURS, neighbour_agreement
 from mimco_deploy.evaluation.measures import Measure, difference
 
 
@@ -39,7 +39,7 @@ def compare(first: Evaluation, second: Evaluation) -> Comparison:
     pairs = [(measure, theirs.get((measure.protocol, measure.name))) for measure in first.measures]
     differences = [found for ours, other in pairs if other is not None and (found := difference(ours, other))]
     agreement = neighbour_agreement(first.pictures.embeddings, second.pictures.embeddings)
-    return Comparison(differences, agreement, 10 / (len(names[0]) - 1))
+    return Comparison(differences, agreement, NEIGHBOURS / (len(names[0]) - 1))
 
 
 def table(found: Sequence[Evaluation]) -> list[list[Measure | None]]:

@@ -75,7 +75,21 @@ def alignment(originals: Embeddings, edited: Embeddings, edit: str) -> Measure:
     return mean_of("alignment", edit, distances)
 
 
-def neighbour_agreement(first: Embeddings, second: Embeddings, k: int = 10) -> Measure:
+NEIGHBOURS = 10
+"""That two encoders are compared by."""
+
+
+def check_enough(count: int, k: int = NEIGHBOURS) -> None:
+    """Refuse so few pictures that every encoder has the same k nearest.
+
+    Raises:
+        EvaluationError: there are k + 1 or fewer.
+    """
+    if count <= k + 1:
+        raise EvaluationError(f"{count} pictures to compare the {k} nearest of", expected=f"{k + 2} or more")
+
+
+def neighbour_agreement(first: Embeddings, second: Embeddings, k: int = NEIGHBOURS) -> Measure:
     """Share of each picture's k nearest others by one encoder that are among its k nearest by the other.
 
     Args:
@@ -89,8 +103,7 @@ def neighbour_agreement(first: Embeddings, second: Embeddings, k: int = 10) -> M
     Raises:
         EvaluationError: k or fewer other pictures, of which every encoder has the same nearest.
     """
-    if len(first) <= k + 1:
-        raise EvaluationError(f"{len(first)} pictures to compare the {k} nearest of", expected=f"{k + 2} or more")
+    check_enough(len(first), k)
     ours, theirs = _nearest(first, k), _nearest(second, k)
     shared = [len(np.intersect1d(a, b, assume_unique=True)) / k for a, b in zip(ours, theirs, strict=True)]
     return mean_of("agreement", f"shared of {k} neighbours", shared)

@@ -309,6 +309,13 @@ def test_the_command_compares_and_marks_only_what_is_beyond_chance(tmp_path: Pat
     assert document["differences"][0]["value"] is None
 
 
+def test_the_command_compares_on_enough_pictures_only_and_says_so_before_it_begins(tmp_path: Path) -> None:
+    draw_classes(tmp_path / "val", 3)
+    result = CliRunner().invoke(main, ["eval", str(tmp_path / "val"), "--compare", "no-encoder", "none-either"])
+    assert result.exit_code == 1
+    assert "9 pictures to compare the 10 nearest of" in result.stderr
+
+
 def test_the_command_refuses_options_that_contradict(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["eval", str(tmp_path), "--compare", "a", "b", "--encoder", "c"])
     assert result.exit_code == 2
