@@ -347,7 +347,8 @@ class Client:
             job_id: of the job.
 
         Yields:
-            Its states as they change, the present one first. The last one is not `running`, unless the service ends.
+            Its states as they change, the present one first. The last one is neither `running` nor
+            `cancelling`, unless the service ends.
 
         Raises:
             ServiceError: there is no such job (404), or the connection is lost.

@@ -13,7 +13,9 @@ from pydantic import BaseModel, ValidationError
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException
 from starlette.requests import Request
+from starlette.types import Message
 
 from mimco_deploy.serving.http import schemas
 from mimco_deploy.serving.http.requests import MAX_JSON_BYTES
@@ -51,7 +53,8 @@ async def read_body(request: Request, model: type[Model], max_files: int) -> Asy
     if kind == "application/json":
         yield Body(_parse(model, await request.body()), [])
     elif kind == "multipart/form-data" and _is_utf8(request.headers["content-type"]):
-        async with request.form(max_files=max_files, max_fields=1, max_part_size=MAX_JSON_BYTES) as form:
+        whole = Request(request.scope, _UntilLastBoundary(request))
+        async with whole.form(max_files=max_files, max_fields=1, max_part_size=MAX_JSON_BYTES) as form:
             yield _read_form(form, model)
     else:
         raise HTTPException(415, "the body is neither application/json nor multipart/form-data in UTF-8")
@@ -124,6 +127,28 @@ def _read_form(form: FormData, model: type[Model]) -> Body[Model]:
         else:
             raise invalid(name[:50], "unknown, expected request and file")
     return Body(document, uploads)
+
+
+class _UntilLastBoundary:
+    """The body of a form as it comes in; the parser itself takes one that is cut off for whole."""
+
+    def __init__(self, request: Request) -> None:
+        self._receive = request.receive
+        boundary = parse_options_header(request.headers["content-type"])[1].get(b"boundary", b"")
+        self._last = b"--" + boundary + b"--"
+        self._before = b""
+        self._is_whole = False
+
+    async def __call__(self) -> Message:
+        message = await self._receive()
+        if message["type"] == "http.disconnect":
+            return message
+        seen = self._before + message.get("body", b"")
+        self._is_whole = self._is_whole or self._last in seen
+        self._before = seen[-len(self._last) :]
+        if not (self._is_whole or message.get("more_body", False)):
+            raise MultiPartException("the form is cut off: its last boundary is missing")
+        return message
 
 
 def _is_utf8(content_type: str) -> bool:

@@ -26,6 +26,7 @@ _WORDS = {
     410: "Gone from the disk, or changed",
     413: "The request, or a picture in it, is too large",
     415: "Neither JSON nor a form",
+    416: "A range beyond the end",
     421: "A name of another machine, without a token",
     422: "The request, or a picture in it, cannot be used",
     503: "Busy, or the index is not there; Retry-After says when to come again",

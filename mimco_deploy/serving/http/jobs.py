@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import threading
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -32,6 +33,8 @@ class _Cancelled(Exception):  # no error: it was asked for
 class _Run:
     job: schemas.Job
     cancel: bool = False
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    """Of both: the indexer runs in a thread of its own."""
     task: asyncio.Task[None] | None = None
 
 
@@ -60,7 +63,7 @@ class Jobs:
                 expected="one of those that the index status lists",
                 command="mimco index DIR",
             )
-        running = next((run.job.id for run in self._runs.values() if run.job.state == "running"), None)
+        running = next((run.job.id for run in self._runs.values() if run.job.state in schemas.UNDER_WAY), None)
         if running is not None:
             raise ConflictError(f"the job {running} is running", expected="one at a time")
         job = schemas.Job(
@@ -92,7 +95,10 @@ class Jobs:
             NotThereError: there is none of that id.
         """
         run = self._run(job)
-        run.cancel = True
+        with run.lock:
+            run.cancel = True
+            if run.job.state == "running":
+                run.job = run.job.model_copy(update={"state": "cancelling"})
         return run.job
 
     async def events(self, job: str, stopping: Callable[[], bool]) -> AsyncIterator[schemas.Job | None]:
@@ -104,7 +110,7 @@ class Jobs:
         run = self._run(job)
         told, quiet_s = run.job, 0.0
         yield told
-        while told.state == "running" and not stopping():
+        while told.state in schemas.UNDER_WAY and not stopping():
             await asyncio.sleep(_BETWEEN_S)
             quiet_s += _BETWEEN_S
             if run.job is not told:
@@ -130,17 +136,17 @@ class Jobs:
         now, service = self._service.now, self._service
 
         def tell(progress: Progress) -> None:
-            if run.cancel:
-                raise _Cancelled
-            run.job = run.job.model_copy(
-                update={
-                    "done": progress.done,
-                    "total": progress.total,
-                    "images_per_s": round(progress.images_per_s, 2),
-                    "waiting": round(progress.waiting, 3),
-                    "doing": progress.doing,
-                }
-            )
+            now = {
+                "done": progress.done,
+                "total": progress.total,
+                "images_per_s": round(progress.images_per_s, 2),
+                "waiting": round(progress.waiting, 3),
+                "doing": progress.doing,
+            }
+            with run.lock:
+                if run.cancel:
+                    raise _Cancelled
+                run.job = run.job.model_copy(update=now)
 
         def update() -> UpdateReport:
             return update_index(

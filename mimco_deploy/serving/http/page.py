@@ -49,7 +49,7 @@ async def begin_session(request: Request, shared: Shared) -> Response:
     """Exchange the token for a cookie, with which a browser can show pictures."""
     if shared.access.cookie and not shared.access.has_token(request.headers):
         headers = {"WWW-Authenticate": "Bearer"}
-        return problem(401, "this is not the token", request_id_of(request), headers=headers)
+        return problem(401, "this is not the token", request_id_of(request.scope), headers=headers)
     response = Response(status_code=204)
     if shared.access.cookie:
         secure = request.url.scheme == "https"
@@ -82,7 +82,7 @@ async def ready(request: Request, shared: Shared) -> schemas.Health | Response:
             wrong = str(error)
         else:
             return schemas.Health(status="ok")
-    return problem(503, wrong, request_id_of(request), headers={"Retry-After": "5"})
+    return problem(503, wrong, request_id_of(request.scope), headers={"Retry-After": "5"})
 
 
 @router.get(

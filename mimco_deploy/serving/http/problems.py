@@ -9,9 +9,11 @@ from http import HTTPStatus
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import FileResponse, Response
+from starlette.types import Message, Receive, Scope, Send
 
 from mimco_deploy.errors import BundleError, ConfigError, EncoderMismatchError, ImageError, IndexStoreError, MimcoError
 from mimco_deploy.serving.http.batching import BusyError
@@ -74,9 +76,32 @@ def problem(
     return Response(json.dumps(document), status, headers, MEDIA_TYPE)
 
 
-def request_id_of(request: Request) -> str:
+def request_id_of(scope: Scope) -> str:
     """The id that `requests.py` gave a request."""
-    return str(request.scope.get("mimco.request_id", ""))
+    return str(scope.get("mimco.request_id", ""))
+
+
+class ProblemFileResponse(FileResponse):
+    """A file or parts of it; ranges that it refuses in plain text are refused in a problem document."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer."""
+        refusal: Message = {}
+
+        async def send_unless_refused(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] >= HTTPStatus.BAD_REQUEST:
+                refusal.update(message)
+            elif not refusal:
+                await send(message)
+
+        await super().__call__(scope, receive, send_unless_refused)
+        if refusal:
+            of_file = Headers(raw=refusal["headers"]).get("content-range")  # how long the file is
+            headers = {} if of_file is None else {"Content-Range": of_file}
+            detail = (
+                "the Range is beyond the end of the file" if of_file else "the Range cannot be read, expected bytes=A-B"
+            )
+            await problem(refusal["status"], detail, request_id_of(scope), headers=headers)(scope, receive, send)
 
 
 def add_handlers(app: FastAPI) -> None:
@@ -93,7 +118,7 @@ def add_handlers(app: FastAPI) -> None:
             logger.info("not answered: %s", error)
         if isinstance(error, ImageError) and error.problem == "too_large":
             status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
-        return problem(status, str(error), request_id_of(request), name, headers)
+        return problem(status, str(error), request_id_of(request.scope), name, headers)
 
     async def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
@@ -101,11 +126,11 @@ def add_handlers(app: FastAPI) -> None:
             f"{'.'.join(str(part) for part in one['loc'] if part != 'body') or 'body'}: {one['msg']}"
             for one in error.errors()[:_SHOWN]
         ]
-        return problem(422, "; ".join(found), request_id_of(request), "request")
+        return problem(422, "; ".join(found), request_id_of(request.scope), "request")
 
     async def plain(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return problem(error.status_code, str(error.detail), request_id_of(request), headers=error.headers)
+        return problem(error.status_code, str(error.detail), request_id_of(request.scope), headers=error.headers)
 
     app.add_exception_handler(MimcoError, refused)
     app.add_exception_handler(RequestValidationError, invalid)

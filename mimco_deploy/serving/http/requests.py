@@ -29,6 +29,9 @@ log = logging.getLogger("mimco_deploy.access")
 MAX_JSON_BYTES = 512 * 2**10
 MAX_BODIES = 64
 """Requests whose body is coming in at once."""
+_GRACE_S = 5.0
+_MIN_BYTES_PER_S = 16 * 2**10
+"""A body has this grace, and keeps this pace: a few that trickle would otherwise take all places for long."""
 _UNKNOWN = "unknown"
 
 
@@ -163,7 +166,7 @@ class _Body:
     def __init__(self, receive: Receive, max_bytes: int, limit_s: float) -> None:
         self._receive = receive
         self._max_bytes, self._limit_s = max_bytes, limit_s
-        self._until = time.perf_counter() + limit_s
+        self._since = time.perf_counter()
         self._bytes = 0
         self._whole = False
         self.on_end: Callable[[], None] = _nothing
@@ -186,12 +189,12 @@ class _Body:
         """
         if self._whole:
             return await self._receive()  # that the other side is gone, some time
+        allowed_s = min(self._limit_s, _GRACE_S + self._bytes / _MIN_BYTES_PER_S)
         try:
-            message = await asyncio.wait_for(self._receive(), max(0.0, self._until - time.perf_counter()))
+            message = await asyncio.wait_for(self._receive(), max(0.0, self._since + allowed_s - time.perf_counter()))
         except TimeoutError:
-            raise _Refused(
-                HTTPStatus.REQUEST_TIMEOUT, f"the request took more than {self._limit_s:g} s to arrive"
-            ) from None
+            found = f"{self._bytes:,} bytes of the request came in {allowed_s:.3g} s, which is too slow"
+            raise _Refused(HTTPStatus.REQUEST_TIMEOUT, found) from None
         self._bytes += len(message.get("body", b""))
         if self._bytes > self._max_bytes:
             raise self._too_long()

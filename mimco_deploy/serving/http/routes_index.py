@@ -6,12 +6,13 @@ from collections.abc import AsyncIterator
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Path, Query, Request
-from starlette.responses import FileResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 
 from mimco_deploy import __version__
 from mimco_deploy.serving.http import schemas
 from mimco_deploy.serving.http.bodies import json_content, read_body
 from mimco_deploy.serving.http.context import Shared, refusals
+from mimco_deploy.serving.http.problems import ProblemFileResponse
 from mimco_deploy.serving.http.views import picture_of
 
 router = APIRouter(prefix="/v1")
@@ -55,20 +56,18 @@ async def get_picture(shared: Shared, id: PictureId) -> schemas.Picture:
     return picture_of(await shared.service.files_with(id))
 
 
-@router.head("/pictures/{id}/file", response_class=FileResponse, include_in_schema=False)
+@router.head("/pictures/{id}/file", response_class=ProblemFileResponse, include_in_schema=False)
 @router.get(
     "/pictures/{id}/file",
-    response_class=FileResponse,
+    response_class=ProblemFileResponse,
     responses={
-        **refusals(404, 410),
+        **refusals(400, 404, 410, 416),
         200: {
             "description": "The file; a download where browsers do not show its kind",
             "content": dict.fromkeys(("image/*", "application/octet-stream"), _BINARY),
         },
         206: {"description": "A part of it"},
         304: {"description": "As it was"},
-        400: {"description": "A range that cannot be read"},
-        416: {"description": "A range beyond its end"},
     },
     tags=["pictures"],
 )
@@ -79,7 +78,7 @@ async def get_file(shared: Shared, request: Request, id: PictureId) -> Response:
     if _is_known(request, id):
         return Response(status_code=304, headers=headers)
     kind = _SHOWN_BY_BROWSERS.get(path.suffix.lower())
-    return FileResponse(
+    return ProblemFileResponse(
         path,
         headers={**headers, "Content-Security-Policy": "default-src 'none'; sandbox"},
         media_type=kind or "application/octet-stream",
@@ -168,7 +167,7 @@ async def get_job(shared: Shared, id: JobId) -> schemas.Job:
 
 @router.delete("/jobs/{id}", response_model=schemas.Job, responses=refusals(404), tags=["jobs"])
 async def cancel_job(shared: Shared, id: JobId) -> schemas.Job:
-    """Ask a run to stop after its batch. What it has committed stays."""
+    """Ask a run to stop after its batch, and be `cancelling` until then. What it has committed stays."""
     return shared.jobs.cancel(id)
 
 
@@ -178,7 +177,7 @@ async def cancel_job(shared: Shared, id: JobId) -> schemas.Job:
     responses={
         **refusals(404),
         200: {
-            "description": "Server-sent events named `progress`, each a `Job`; the last is not `running`",
+            "description": "Server-sent events named `progress`, each a `Job`; the last one has ended",
             "content": {"text/event-stream": {"schema": {"type": "string"}}},
         },
     },

@@ -16,7 +16,8 @@ MAX_QUERIES = 32
 """In one request."""
 MAX_K = 1000
 MAX_RERANKED_K = 48
-JobState = Literal["running", "done", "failed", "cancelled"]
+JobState = Literal["running", "cancelling", "done", "failed", "cancelled"]
+UNDER_WAY: tuple[JobState, ...] = ("running", "cancelling")
 
 PictureId = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256 of the content, hexadecimal")]
 Text = Annotated[str, Field(max_length=4096, pattern=r"^[^\x00]*$")]

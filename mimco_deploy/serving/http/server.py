@@ -18,6 +18,7 @@ import uvicorn
 from mimco_deploy.errors import ConfigError
 from mimco_deploy.serving.http.access import LOOPBACK, MIN_TOKEN
 from mimco_deploy.serving.http.app import create_app
+from mimco_deploy.serving.http.connections import PatientProtocol
 from mimco_deploy.serving.http.service import ServeSettings
 
 TOKEN_VARIABLE = "MIMCO_TOKEN"
@@ -116,6 +117,7 @@ def serve(
         access_log=False,
         server_header=False,
         date_header=True,
+        http=PatientProtocol,
         ws="none",
         lifespan="on",
         proxy_headers=False,

@@ -36,7 +36,7 @@ export async function loadIndex() {
     ["Fingerprint", status.fingerprint.slice(0, 16)], ["Embedding", `${number(status.embedding_dim)} numbers`],
     ["Reasons", status.patches ? "parts of two pictures can be compared" : "this encoder cannot compare parts"],
     ["State", `generation ${status.generation}, revision ${number(status.revision)}`], ["mimco", version.version]]);
-  const running = jobs.find(({ state }) => state === "running");
+  const running = jobs.find(isUnderWay);
   if (running) follow(running);
   say(running ? "The index is being updated" : `${count(status.files, "file")} in the index`);
 }
@@ -53,16 +53,19 @@ function howSearched({ kind, reason, recall }) {
   return `approximate (${kind})${found}; ${reason}`;
 }
 
+function isUnderWay({ state }) {
+  return state === "running" || state === "cancelling";
+}
+
 function follow(job) {
   showJob(job);
-  if (followed?.id === job.id || job.state !== "running") return;
+  if (followed?.id === job.id || !isUnderWay(job)) return;
   const stream = events(job.id);
   followed = { id: job.id, stream };
-  $("cancel").disabled = false;
   stream.addEventListener("progress", ({ data }) => {
     const now = JSON.parse(data);
     showJob(now);
-    if (now.state !== "running") end(now);
+    if (!isUnderWay(now)) end(now);
   });
   // The browser connects again by itself, unless the server refused.
   stream.addEventListener("error", () => {
@@ -80,9 +83,10 @@ function end(job) {
 }
 
 function showJob({ state, done, total, images_per_s, waiting, doing, report, error }) {
-  const running = state === "running";
+  const running = isUnderWay({ state });
   $("job").hidden = false;
   $("update").hidden = running;
+  $("cancel").disabled = state === "cancelling";
   $("cancel").hidden = $("job-bar").hidden = !running;
   if (running && !total) $("job-bar").removeAttribute("value");
   else [$("job-bar").max, $("job-bar").value] = [Math.max(total, 1), done];
@@ -92,6 +96,7 @@ function showJob({ state, done, total, images_per_s, waiting, doing, report, err
   const counts = found.map(([name, value]) => `${name} ${number(value)}`);
   const ends = { done: "Done", cancelled: "Cancelled", failed: `Failed: ${error ?? "no reason given"}` };
   const far = total ? `: ${number(done)} of ${number(total)}` : "";
-  $("job-text").textContent = running ? (DOING[doing] ?? doing) + far + speed + waits :
+  const does = state === "cancelling" ? "Stopping after this batch" : DOING[doing] ?? doing;
+  $("job-text").textContent = running ? does + far + speed + waits :
     [ends[state], ...counts].join(" · ");
 }

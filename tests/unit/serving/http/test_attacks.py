@@ -89,6 +89,28 @@ def test_a_large_upload_may_be_named_by_several_parts(client: TestClient, tmp_pa
         assert answer.status_code == 200, answer.text
 
 
+@pytest.mark.parametrize("end", [b"", b"\r\n", b"\r\n--B", b"\r\n--B-", b"\r\n--C--\r\n"])
+def test_a_form_that_is_cut_off_is_not_taken_for_whole(client: TestClient, place: Place, end: bytes) -> None:
+    head = b'--B\r\nContent-Disposition: form-data; name="file"; filename="x"\r\n\r\n' + place.picture(1).read_bytes()
+    headers = {"Content-Type": "multipart/form-data; boundary=B"}
+    whole = client.post("/v1/search", content=head + b"\r\n--B--\r\nwhatever follows", headers=headers)
+    assert whole.status_code == 200
+    answer = client.post("/v1/search", content=head + end, headers=headers)
+    assert (answer.status_code, answer.headers["content-type"]) == (400, "application/problem+json")
+
+
+def test_the_end_of_a_form_is_seen_where_it_comes_in_pieces(client: TestClient, place: Place) -> None:
+    form = (
+        b'--B0\r\nContent-Disposition: form-data; name="file"; filename="x"\r\n\r\n'
+        + place.picture(1).read_bytes()
+        + b"\r\n--B0--\r\n"
+    )
+    headers = {"Content-Type": "multipart/form-data; boundary=B0"}
+    for cut in range(1, 12):
+        pieces = [form[:-cut], form[-cut:]]
+        assert client.post("/v1/search", content=iter(pieces), headers=headers).status_code == 200, cut
+
+
 @pytest.mark.parametrize("charset", ["punycode", "undefined", "utf-7", "utf-16"])
 def test_a_form_in_another_encoding_is_refused(client: TestClient, charset: str) -> None:
     headers = {"Content-Type": f"multipart/form-data; boundary=B; charset={charset}"}

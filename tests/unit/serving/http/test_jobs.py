@@ -66,7 +66,9 @@ def test_a_job_is_cancelled_and_what_it_committed_stays(own: Place, monkeypatch:
         assert at_work.wait(20)
         second = client.post("/v1/jobs", json={})
         assert (second.status_code, second.json()["type"]) == (409, "urn:mimco:conflict")
-        assert client.delete(f"/v1/jobs/{job}").json()["state"] == "running"
+        assert client.delete(f"/v1/jobs/{job}").json()["state"] == "cancelling"
+        assert client.get(f"/v1/jobs/{job}").json()["state"] == "cancelling"
+        assert client.post("/v1/jobs", json={}).status_code == 409
         release.set()
         assert follow(client, job)[-1]["state"] == "cancelled"
         again = client.post("/v1/jobs", json={}).json()["id"]

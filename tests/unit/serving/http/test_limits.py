@@ -17,6 +17,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from mimco_deploy.serving.guarded import Limits
+from mimco_deploy.serving.http import requests
 from mimco_deploy.serving.http.access import LOOPBACK, Access
 from mimco_deploy.serving.http.batching import MOST, Batcher, BusyError, Pace
 from mimco_deploy.serving.http.metrics import Metrics
@@ -65,6 +66,45 @@ def test_a_body_that_does_not_come_is_given_up() -> None:
 
     asyncio.run(ask())
     assert sent[0]["status"] == 408
+
+
+def test_a_body_that_trickles_keeps_its_place_for_a_grace_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(requests, "_GRACE_S", 0.1)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        del scope
+        more = True
+        while more:
+            message = await receive()
+            more = message["more_body"]
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body"})
+
+    async def status_of(bytes_each: int) -> int:
+        middleware = Requests(app, access=Access(None, LOOPBACK, ()), metrics=Metrics(), max_bytes=2**20, upload_s=30)
+        headers = [
+            (b"host", b"127.0.0.1"),
+            (b"transfer-encoding", b"chunked"),
+            (b"content-type", b"multipart/form-data"),
+        ]
+        scope = {"type": "http", "method": "POST", "path": "/v1/search", "headers": headers}
+        left = 20
+        sent: list[Any] = []
+
+        async def receive() -> Any:
+            nonlocal left
+            await asyncio.sleep(0.02)
+            left -= 1
+            return {"type": "http.request", "body": b"x" * bytes_each, "more_body": left > 0}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        await middleware(scope, receive, send)
+        return int(sent[0]["status"])
+
+    assert asyncio.run(status_of(1)) == 408
+    assert asyncio.run(status_of(4096)) == 200, "it comes at 200 KiB a second"
 
 
 def test_a_picture_that_takes_too_long_is_refused_and_the_next_is_answered(place: Place) -> None:

@@ -51,7 +51,13 @@ def test_the_original_comes_whole_in_parts_and_not_at_all_where_it_is_known(clie
     assert "sandbox" in whole.headers["content-security-policy"]
     part = client.get(address, headers={"Range": "bytes=10-19"})
     assert (part.status_code, part.content) == (206, content[10:20])
-    assert client.get(address, headers={"Range": f"bytes={10**9}-"}).status_code == 416
+    beyond = client.get(address, headers={"Range": f"bytes={10**9}-"})
+    assert (beyond.status_code, beyond.json()["status"]) == (416, 416)
+    assert beyond.headers["content-range"] == f"bytes */{len(client.get(address).content)}"
+    for unread in ("lines=1-2", "bytes", "bytes=", "bytes=9-3"):
+        answer = client.get(address, headers={"Range": unread})
+        assert answer.status_code == 400, unread
+        assert answer.headers["content-type"] == "application/problem+json"
     again = client.get(address, headers={"If-None-Match": whole.headers["etag"]})
     assert (again.status_code, again.content) == (304, b"")
     head = client.head(address)

@@ -1,0 +1,98 @@
+"""What uvicorn leaves open: connections without number, heads that never end, answers that nobody takes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import uuid
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from mimco_deploy.serving.http.problems import MEDIA_TYPE
+
+try:
+    import resource
+except ImportError:  # Windows has neither it nor the limit
+    resource = None  # type: ignore[assignment]
+
+HEAD_S = 10.0
+"""For a request to say what it wants, from its first byte, or from the connection where there is none."""
+UNREAD_S = 30.0
+"""For a client to take anything of an answer that waits for it."""
+_MOST = 512
+
+_LINGER_S = 1.0
+"""For a client that is one too many to read why."""
+
+
+def most_connections() -> int:
+    """Connections that are held at once: half the files that this process may open, for pictures need some too."""
+    if resource is None:
+        return _MOST
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _MOST if soft == resource.RLIM_INFINITY else max(1, min(_MOST, soft // 2))
+
+
+class PatientProtocol(H11Protocol):
+    """HTTP/1.1 with an end to patience; arguments are uvicorn's."""
+
+    _patience: asyncio.TimerHandle | None = None
+    _is_refused = False
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
+        """Hold it, or say that there are too many."""
+        super().connection_made(transport)
+        self._is_refused = len(self.connections) > most_connections()
+        if self._is_refused:
+            transport.write(_refusal())
+            transport.write_eof()
+        self._wait(_LINGER_S if self._is_refused else HEAD_S)
+
+    def data_received(self, data: bytes) -> None:
+        """Read on."""
+        if self._is_refused:
+            return
+        super().data_received(data)
+        if self.conn.their_state is not h11.IDLE:
+            self._stop_waiting()
+        elif self._patience is None:
+            self._wait(HEAD_S)
+
+    def pause_writing(self) -> None:
+        """The other side takes nothing any more."""
+        super().pause_writing()
+        self._stop_waiting()
+        self._wait(UNREAD_S)
+
+    def resume_writing(self) -> None:
+        """It does again."""
+        super().resume_writing()
+        self._stop_waiting()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """It is over."""
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def _wait(self, seconds: float) -> None:
+        # An orderly close would wait until all that is written has been taken.
+        self._patience = self.loop.call_later(seconds, self.transport.abort)
+
+    def _stop_waiting(self) -> None:
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
+
+
+def _refusal() -> bytes:
+    document = {
+        "type": "urn:mimco:busy",
+        "title": "Service Unavailable",
+        "status": 503,
+        "detail": "too many connections are open",
+        "instance": f"urn:uuid:{uuid.uuid4()}",
+    }
+    body = json.dumps(document).encode()
+    head = f"Content-Type: {MEDIA_TYPE}\r\nContent-Length: {len(body)}\r\nRetry-After: 1\r\nConnection: close\r\n\r\n"
+    return b"HTTP/1.1 503 Service Unavailable\r\n" + head.encode() + body

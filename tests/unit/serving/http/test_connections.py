@@ -1,0 +1,147 @@
+"""Connections as a hostile or a dead client holds them, to a server of uvicorn with an application of a few lines."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import uvicorn
+
+from mimco_deploy.serving.http import connections
+from mimco_deploy.serving.http.server import listen
+
+LARGE = 64 * 2**20
+GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+async def application(scope: Any, receive: Any, send: Any) -> None:
+    """Gives `/large` much, everything else two bytes, once the body is there."""
+    more = True
+    while more:
+        message = await receive()
+        more = message.get("more_body", False)
+    size = LARGE if scope["path"] == "/large" else 2
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % size)]})
+    for start in range(0, size, 2**20):
+        part = b"x" * min(2**20, size - start)
+        await send({"type": "http.response.body", "body": part, "more_body": start + len(part) < size})
+
+
+@pytest.fixture
+def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """Of a server that has little patience."""
+    monkeypatch.setattr(connections, "HEAD_S", 0.3)
+    monkeypatch.setattr(connections, "UNREAD_S", 0.3)
+    monkeypatch.setattr(connections, "most_connections", lambda: 5)
+    config = uvicorn.Config(
+        application, http=connections.PatientProtocol, ws="none", lifespan="off", log_config=None, timeout_keep_alive=60
+    )
+    server = uvicorn.Server(config)
+    with listen("127.0.0.1", 0) as listening:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        try:
+            yield listening.getsockname()[1]
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@contextlib.contextmanager
+def connected(port: int) -> Iterator[socket.socket]:
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
+        yield client
+
+
+def everything(client: socket.socket) -> bytes:
+    """What comes until the other side ends it."""
+    found = b""
+    with contextlib.suppress(ConnectionResetError):
+        while part := client.recv(2**20):
+            found += part
+    return found
+
+
+def answer_of(client: socket.socket, request: bytes = GET) -> bytes:
+    """A short answer, whole."""
+    client.sendall(request)
+    found = b""
+    while not found.endswith(b"\r\n\r\nxx"):
+        part = client.recv(2**16)
+        assert part, found
+        found += part
+    return found
+
+
+def test_who_says_nothing_or_never_ends_its_head_is_let_go(port: int) -> None:
+    with connected(port) as client:
+        assert everything(client) == b""
+    with connected(port) as client:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            for letter in b"GET / HTTP/1.1\r\nX-Slow: " + b"x" * 100:  # more often than its patience
+                client.sendall(bytes([letter]))
+                time.sleep(0.05)
+        assert everything(client) == b""
+
+
+def test_a_second_head_on_the_same_connection_has_no_more_time(port: int) -> None:
+    with connected(port) as client:
+        assert answer_of(client).startswith(b"HTTP/1.1 200")
+        time.sleep(0.5)  # idle between two requests is uvicorn's matter
+        client.sendall(b"GET / HT")
+        start = time.monotonic()
+        assert everything(client) == b""
+        assert time.monotonic() - start < 5
+
+
+def test_a_body_and_the_next_request_may_take_longer_than_a_head(port: int) -> None:
+    with connected(port) as client:
+        client.sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n")
+        time.sleep(0.6)
+        assert answer_of(client, b"ab").startswith(b"HTTP/1.1 200")
+        time.sleep(0.6)
+        assert answer_of(client).startswith(b"HTTP/1.1 200")
+
+
+def test_who_takes_nothing_of_its_answer_is_let_go_and_who_takes_it_slowly_is_not(port: int) -> None:
+    large = GET.replace(b"/ ", b"/large ")
+    with connected(port) as client:
+        client.sendall(large)
+        time.sleep(1.5)
+        assert len(everything(client)) < LARGE
+    with connected(port) as client:
+        client.sendall(large)
+        found = 0
+        while found < LARGE:
+            found += len(client.recv(2**20))
+            time.sleep(0.01)
+        assert found >= LARGE
+
+
+def test_one_connection_too_many_is_told_so_and_a_place_comes_free(port: int) -> None:
+    with contextlib.ExitStack() as held:
+        clients = [held.enter_context(connected(port)) for _ in range(5)]
+        for client in clients:
+            assert answer_of(client).startswith(b"HTTP/1.1 200")
+        with connected(port) as client:
+            client.sendall(GET)
+            answer = everything(client)
+        assert answer.startswith(b"HTTP/1.1 503 ")
+        assert b"Retry-After: 1\r\n" in answer
+        assert b"application/problem+json" in answer
+        assert answer_of(clients[0]).startswith(b"HTTP/1.1 200")
+    time.sleep(0.2)
+    with connected(port) as client:
+        assert answer_of(client).startswith(b"HTTP/1.1 200")
+
+
+def test_connections_leave_room_for_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    for soft, most in ((256, 128), (1024, 512), (1_000_000, 512), (resource.RLIM_INFINITY, 512)):
+        monkeypatch.setattr(resource, "getrlimit", lambda _, soft=soft: (soft, soft))
+        assert connections.most_connections() == most
