@@ -565,7 +565,7 @@ class Salvage:
 
 
 def _absolute(root: bytes, path: bytes) -> Path:
-    return Path(os.fsdecode(root)) / os.fsdecode(path)
+    return Path(os.fsdecode(os.path.join(root, path)))  # noqa: PTH118  # one Path instead of two: there are many
 
 
 def _connect(path: Path, mode: str) -> sqlite3.Connection:

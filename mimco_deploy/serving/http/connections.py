@@ -6,7 +6,6 @@ import asyncio
 import json
 import uuid
 
-import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mimco_deploy.serving.http.problems import MEDIA_TYPE
@@ -17,7 +16,8 @@ except ImportError:  # Windows has neither it nor the limit
     resource = None  # type: ignore[assignment]
 
 HEAD_S = 10.0
-"""For a request to say what it wants, from its first byte, or from the connection where there is none."""
+"""For a request to say what it wants, from its first byte, or from the connection where there is none; and for what
+still comes of a body that was answered before its end."""
 UNREAD_S = 30.0
 """For a client to take anything of an answer that waits for it."""
 _MOST = 512
@@ -54,7 +54,8 @@ class PatientProtocol(H11Protocol):
         if self._is_refused:
             return
         super().data_received(data)
-        if self.conn.their_state is not h11.IDLE:
+        at_work = self.cycle is not None and not self.cycle.response_complete  # whose body `requests.py` bounds
+        if at_work:
             self._stop_waiting()
         elif self._patience is None:
             self._wait(HEAD_S)

@@ -21,8 +21,8 @@ GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
 async def application(scope: Any, receive: Any, send: Any) -> None:
-    """Gives `/large` much, everything else two bytes, once the body is there."""
-    more = True
+    """Gives `/large` much, everything else two bytes, once the body is there; `/early` does not wait for it."""
+    more = scope["path"] != "/early"
     while more:
         message = await receive()
         more = message.get("more_body", False)
@@ -68,6 +68,13 @@ def everything(client: socket.socket) -> bytes:
     return found
 
 
+def trickle(client: socket.socket, content: bytes) -> None:
+    """Send a letter more often than the server loses patience."""
+    for letter in content:
+        client.sendall(bytes([letter]))
+        time.sleep(0.05)
+
+
 def answer_of(client: socket.socket, request: bytes = GET) -> bytes:
     """A short answer, whole."""
     client.sendall(request)
@@ -84,9 +91,7 @@ def test_who_says_nothing_or_never_ends_its_head_is_let_go(port: int) -> None:
         assert everything(client) == b""
     with connected(port) as client:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            for letter in b"GET / HTTP/1.1\r\nX-Slow: " + b"x" * 100:  # more often than its patience
-                client.sendall(bytes([letter]))
-                time.sleep(0.05)
+            trickle(client, b"GET / HTTP/1.1\r\nX-Slow: " + b"x" * 100)
         assert everything(client) == b""
 
 
@@ -106,6 +111,18 @@ def test_a_body_and_the_next_request_may_take_longer_than_a_head(port: int) -> N
         time.sleep(0.6)
         assert answer_of(client, b"ab").startswith(b"HTTP/1.1 200")
         time.sleep(0.6)
+        assert answer_of(client).startswith(b"HTTP/1.1 200")
+
+
+def test_what_comes_of_a_body_after_its_answer_has_no_more_time(port: int) -> None:
+    post = b"POST /early HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n"
+    with connected(port) as client:
+        assert answer_of(client, post).startswith(b"HTTP/1.1 200")
+        with pytest.raises((BrokenPipeError, ConnectionResetError)):
+            trickle(client, b"x" * 100)
+    with connected(port) as client:
+        assert answer_of(client, post).startswith(b"HTTP/1.1 200")
+        client.sendall(b"x" * 1000)
         assert answer_of(client).startswith(b"HTTP/1.1 200")
 
 
