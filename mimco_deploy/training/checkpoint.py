@@ -121,7 +121,9 @@ def save_checkpoint(
     }
     with staged_dir(folder) as staging:
         (staging / "config.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-        save_file(method.state_dict(), staging / "model.safetensors")
+        save_file(
+            {name: value.contiguous() for name, value in method.state_dict().items()}, staging / "model.safetensors"
+        )
         torch.save(optimizer.state_dict(), staging / "optimizer.pt")
         assert isinstance(method.encoder, Backbone)
         save_as_timm(method.encoder, staging / "timm")

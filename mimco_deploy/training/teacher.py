@@ -43,6 +43,8 @@ class Teacher(nn.Module):
         if backbone.grid % student.grid:
             raise _grids_differ(backbone, student, "no whole multiple")
         self.backbone = backbone.requires_grad_(False)
+        if not hasattr(backbone.body, "patch_embed"):  # convolutions: several times as fast so, on CPUs with bf16
+            self.backbone.to(memory_format=torch.channels_last)
         self.pooling: Pooling = pooling
         self.width, self.own_width = backbone.width, backbone.own_width if pooling == "cls" else backbone.width
         self._ratio = backbone.grid // student.grid

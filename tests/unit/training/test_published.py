@@ -440,6 +440,23 @@ def test_a_run_against_a_published_file_resumes_without_it(
     train_stage2(config, tmp_path / "whole", resume=kept)
 
 
+def test_a_convolutional_teacher_lies_channels_last_and_in_checkpoints(tmp_path: Path, photos: Path) -> None:
+    write_timm_folder(tmp_path / "teacher", "resnet10t")
+    config = stage2_config(photos, tmp_path / "teacher", epochs=1)
+    assert isinstance(config.method, MimCoConfig)
+    method = dataclasses.replace(config.method, teacher_image_size_px=128, init_from_teacher=False)
+    config = dataclasses.replace(config, method=method)
+    train_stage2(config, tmp_path / "run")
+    kept = read_checkpoint(tmp_path / "run" / "last")
+    shutil.rmtree(tmp_path / "teacher")
+    train_stage2(config, tmp_path / "run", resume=kept)
+    assert kept.teacher is not None
+    backbone = Backbone(kept.teacher.backbone)
+    teacher = Teacher(backbone, "mean", Backbone(BACKBONE), 128)
+    weight = teacher.backbone.body.conv1[0].weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_a_student_can_start_as_a_swin_teacher(tmp_path: Path, photos: Path) -> None:
     torch.manual_seed(1)
     body = Backbone(SWIN).body
