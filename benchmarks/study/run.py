@@ -206,7 +206,7 @@ def main() -> None:
 def _run(name: str, seed: int, task: Task, arguments: argparse.Namespace) -> dict[str, object]:
     """Train and measure one row."""
     recipe, folder = PRESETS[arguments.preset](), arguments.out / f"{name}-seed{seed}"
-    document: dict[str, object] = {"machine": _machine()}
+    document: dict[str, object] = {"machine": machine()}
     if name == "pixels":
         return {**document, **task.measure(RawPixels(), name)}
     if name == "random":
@@ -235,7 +235,8 @@ def _run(name: str, seed: int, task: Task, arguments: argparse.Namespace) -> dic
     return document
 
 
-def _machine() -> dict[str, object]:
+def machine() -> dict[str, object]:
+    """What it ran on."""
     return {
         "cpu": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -49,11 +50,9 @@ _ORDERS = {_FILES: "INDEXED BY sqlite_autoindex_files_1", _FILES_OF_ROWS: "INDEX
 # The parts of a path by functions of Python: what SQLite can do with `rtrim` and `replace` took twice as long.
 _VIEW = """
 CREATE TEMP VIEW IF NOT EXISTS {name} AS SELECT
-    roots.path AS root_bytes, files.path AS path_bytes, files.row AS row,
+    roots.path AS root_bytes, files.root_id AS root_id, files.path AS path_bytes, files.row AS row,
     CAST(roots.path AS TEXT) || '/' || CAST(files.path AS TEXT) AS path,
-    mimco_folder(CAST(roots.path AS TEXT) || '/' || CAST(files.path AS TEXT)) AS folder,
-    mimco_name(CAST(files.path AS TEXT)) AS name,
-    mimco_suffix(CAST(files.path AS TEXT)) AS suffix,
+    mimco_folder(roots.path, files.path) AS folder, mimco_name(files.path) AS name, mimco_suffix(files.path) AS suffix,
     CAST(roots.path AS TEXT) AS root,
     files.size AS bytes, files.mtime_ns AS mtime_ns,
     strftime('%Y-%m-%dT%H:%M:%S', files.mtime_ns / 1000000000, 'unixepoch') AS modified,
@@ -94,6 +93,8 @@ _SAFE_FUNCTIONS = frozenset(
 _SIDE = "mimco_side"
 _READABLE = frozenset({"files", "roots", "contents", _FILES, _FILES_OF_ROWS, _SIDE})
 _MAX_COLUMNS = 200
+_TAKEN = {*COLUMNS, "root_bytes", "root_id", "path_bytes", "row", "mtime_ns", "sha256", "side_key"}
+"""Names that a column of a side table cannot have; SQLite takes no notice of their case."""
 _KEYS = {
     "path": "side_key = path OR side_key = substr(path, length(root) + 2)",
     "name": "side_key = name",
@@ -111,9 +112,9 @@ class Filter:
     root: Path | None = None
     """Only files in this folder or below."""
     table: Path | None = None
-    """CSV or Parquet whose columns the condition may name; one that is called as one of `COLUMNS` is `side_` and that.
-    Its rows belong to files by a column `path` (absolute, or relative to the indexed folder), else `name`, else
-    `sha256` (hexadecimal, lower case)."""
+    """CSV or Parquet whose columns the condition may name; one whose name is taken (`COLUMNS`, `row`, `sha256`) is
+    `side_` and that. Its rows belong to files by a column `path` (absolute, or relative to the indexed folder), else
+    `name`, else `sha256` (hexadecimal, lower case)."""
 
     def __bool__(self) -> bool:
         return bool(self.where or self.root)
@@ -133,8 +134,8 @@ class FilteredFiles:
         self._table: tuple[Path, int] | None = None
         self._key = ""
         self._side_columns: list[str] = []
-        for name, function in (("mimco_folder", _folder), ("mimco_name", _name), ("mimco_suffix", _suffix)):
-            connection.create_function(name, 1, function, deterministic=True)
+        for name, count, function in (("folder", 2, _folder), ("name", 1, _name), ("suffix", 1, _suffix)):
+            connection.create_function(f"mimco_{name}", count, function, deterministic=True)
         for name, order in _ORDERS.items():
             connection.execute(_VIEW.format(name=name, order=order))
 
@@ -163,10 +164,12 @@ class FilteredFiles:
             limit: most files, at least 1.
         """
         columns = "root_bytes, path_bytes, bytes, mtime_ns, row, sha256, width_px, height_px, taken, camera"
+        distinct = "DISTINCT " if condition.table is not None else ""  # a file may have several rows there
         place = f"(root_bytes, path_bytes) > (x'{after[0].hex()}', x'{after[1].hex()}')"
         order = f"ORDER BY root_bytes, path_bytes LIMIT {int(limit)}"
         return [
-            as_listed(*one) for one in self._select(f"SELECT {columns}", _FILES, condition, f" AND {place} {order}")
+            as_listed(*one)
+            for one in self._select(f"SELECT {distinct}{columns}", _FILES, condition, f" AND {place} {order}")
         ]
 
     def prepare(self, condition: Filter) -> None:
@@ -183,11 +186,8 @@ class FilteredFiles:
             raise ConfigError(f"a condition of {len(condition.where)} letters", expected=f"at most {_MAX_LENGTH}")
         join = "" if condition.table is None else f" LEFT JOIN temp.{_SIDE} ON {_KEYS[self._key]}"
         tests = [f"({condition.where or 'true'}\n)"]  # a comment at its end must not hide the bracket
-        values: dict[str, object] = {}
         if condition.root is not None:
-            folder = f"{readable(condition.root.absolute()).rstrip('/')}/"
-            tests.append("substr(path, 1, :length) = :folder")
-            values = {"folder": folder, "length": len(folder)}
+            tests.append(self._below(condition.root))
         source = f"temp.{view}{join}"
         text = f"{what} FROM {source} WHERE {' AND '.join(tests)}{more}"
         stop_at = time.monotonic() + self._limit_s
@@ -197,13 +197,36 @@ class FilteredFiles:
         try:
             # What is whole between brackets and also without any cannot reach out of either.
             self._db.execute(f"EXPLAIN SELECT CASE WHEN {condition.where or 'true'}\n THEN 1 END FROM {source}")
-            return self._db.execute(text, values).fetchall()
+            return self._db.execute(text).fetchall()
         except (sqlite3.Error, sqlite3.Warning, ValueError) as error:  # ValueError: not text that SQLite takes
             raise self._refused(condition, error) from error
         finally:
             self._db.set_progress_handler(None, 0)
             self._db.set_authorizer(None)
             self._db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, most)
+
+    def _below(self, folder: Path) -> str:
+        """The test for the files of a folder and below. The index has links resolved up to its folders, not below them.
+
+        Raises:
+            ConfigError: none is indexed.
+        """
+        roots = [
+            (number, Path(os.fsdecode(path))) for number, path in self._db.execute("SELECT id, path FROM main.roots")
+        ]
+        # Without its links; and with them, but for its "..", since a link below an indexed folder was indexed as such.
+        for start in (Path(os.path.realpath(folder)), Path(os.path.abspath(folder))):  # noqa: PTH100
+            tests = [f"root_id = {number}" for number, root in roots if root.is_relative_to(start)]
+            for number, root in roots:
+                if start != root and start.is_relative_to(root):
+                    first = os.fsencode(start.relative_to(root)) + b"/"
+                    after = first[:-1] + bytes([first[-1] + 1])
+                    test = f"root_id = {number} AND path_bytes >= x'{first.hex()}' AND path_bytes < x'{after.hex()}'"
+                    if self._db.execute(f"SELECT 1 FROM temp.{_FILES} WHERE {test} LIMIT 1").fetchone():
+                        tests.append(test)
+            if tests:
+                return f"({' OR '.join(tests)})"
+        raise ConfigError(f"{readable(folder)} holds no indexed picture", expected="an indexed folder, or one below")
 
     def _refused(self, condition: Filter, error: Exception) -> ConfigError:
         text = f"takes more than {self._limit_s:g} s" if str(error) == "interrupted" else str(error)
@@ -220,28 +243,31 @@ class FilteredFiles:
             stamp = table.stat().st_mtime_ns
             if self._table != (table, stamp):
                 self._table = None
-                self._key = self._load(*_read(table), table)
+                self._key = self._load(_read(table), table)
                 self._table = (table, stamp)
         except (OSError, ValueError, sqlite3.Error, csv.Error) as error:
             raise ConfigError(f"{readable(table)} cannot be read ({error})", expected="CSV or Parquet") from error
 
-    def _load(self, names: list[str], rows: Iterable[Sequence[object]], table: Path) -> str:
+    def _load(self, side: _Side, table: Path) -> str:
         """Copy the table into a temporary one; returns what its key is."""
+        names = side.names
         key = next((wanted for wanted in _KEYS if wanted in names), None)
         if key is None:
             raise ConfigError(
                 f"{readable(table)} has the columns {', '.join(names)}", expected=f"one of {', '.join(_KEYS)}"
             )
-        if len(set(names)) < len(names) or len(names) > _MAX_COLUMNS:
+        if len({name.lower() for name in names}) < len(names) or len(names) > _MAX_COLUMNS:
             raise ValueError(f"{len(names)} columns, some of one name or too many")
-        renamed = ["side_key" if name == key else f"side_{name}" if name in COLUMNS else name for name in names]
+        renamed = ["side_key" if name == key else f"side_{name}" if name.lower() in _TAKEN else name for name in names]
         self._side_columns = [name for name in renamed if name != "side_key"]
-        # NUMERIC: what looks like a number is one, also in CSV.
-        columns = ", ".join(f"{_quoted(name)} {'TEXT' if name == 'side_key' else 'NUMERIC'}" for name in renamed)
+        columns = ", ".join(
+            f"{_quoted(name)} {'TEXT' if name == 'side_key' else kind}"
+            for name, kind in zip(renamed, side.kinds, strict=True)
+        )
         places = ", ".join("?" * len(names))
         self._db.execute(f"DROP TABLE IF EXISTS temp.{_SIDE}")
         self._db.execute(f"CREATE TEMP TABLE {_SIDE} ({columns})")
-        self._db.executemany(f"INSERT INTO temp.{_SIDE} VALUES ({places})", rows)
+        self._db.executemany(f"INSERT INTO temp.{_SIDE} VALUES ({places})", side.rows)
         self._db.execute(f"CREATE INDEX temp.{_SIDE}_by_key ON {_SIDE} (side_key)")
         return key
 
@@ -255,12 +281,38 @@ def _allowed(action: int, first: str | None, second: str | None, database: str |
     return sqlite3.SQLITE_DENY
 
 
-def _read(table: Path) -> tuple[list[str], Iterator[Sequence[object]]]:
-    """Names and rows of a table."""
+@dataclass(frozen=True)
+class _Side:
+    """A side table as it is read."""
+
+    names: list[str]
+    kinds: list[str]
+    """NUMERIC, where what looks like a number is one, or TEXT."""
+    rows: Iterable[Sequence[object]]
+
+
+def _read(table: Path) -> _Side:
     if table.suffix.lower() == ".parquet":
         return _read_parquet(table)
     rows = _csv_rows(table)
-    return next(rows, []), rows
+    names = next(rows, [])
+    codes = [False] * len(names)
+    for row in rows:
+        codes = [seen or _CODE.match(field) is not None for seen, field in zip(codes, row, strict=True)]
+    rows = _csv_rows(table)
+    next(rows, [])
+    return _Side(
+        names, ["TEXT" if code else "NUMERIC" for code in codes], ([_no_text(field) for field in row] for row in rows)
+    )
+
+
+_CODE = re.compile(r"0\d")
+"""No number for whoever wrote it: its zeros count."""
+
+
+def _no_text(field: str) -> str | None:
+    """An empty field says nothing, as NULL does; as a text it would be above all numbers."""
+    return None if field == "" or field.lower() == "nan" else field
 
 
 def _csv_rows(table: Path) -> Iterator[list[str]]:
@@ -273,10 +325,11 @@ def _csv_rows(table: Path) -> Iterator[list[str]]:
             yield [readable(field) for field in row]
 
 
-def _read_parquet(table: Path) -> tuple[list[str], Iterator[Sequence[object]]]:
+def _read_parquet(table: Path) -> _Side:
     pyarrow = import_pyarrow()
     file = pyarrow.parquet.ParquetFile(table)
-    names = [one.name for one in file.schema_arrow if not pyarrow.types.is_nested(one.type)]
+    fields = [one for one in file.schema_arrow if not pyarrow.types.is_nested(one.type)]
+    names = [one.name for one in fields]
 
     def rows() -> Iterator[Sequence[object]]:
         with file:
@@ -284,10 +337,13 @@ def _read_parquet(table: Path) -> tuple[list[str], Iterator[Sequence[object]]]:
                 for row in batch.to_pylist():
                     yield [_plain(row[name]) for name in names]
 
-    return names, rows()
+    numbers = [pyarrow.types.is_integer(one.type) or pyarrow.types.is_floating(one.type) for one in fields]
+    return _Side(names, ["NUMERIC" if number else "TEXT" for number in numbers], rows())
 
 
 def _plain(value: object) -> object:
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return str(value)  # SQLite has no such integers
     return value if isinstance(value, int | float | str | bytes | None) else str(value)
 
 
@@ -295,14 +351,14 @@ def _quoted(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
-def _folder(path: str) -> str:
-    return path.rpartition("/")[0]
+def _folder(root: bytes, path: bytes) -> str:
+    return (root + b"/" + path).rpartition(b"/")[0].decode("utf-8", "replace")
 
 
-def _name(path: str) -> str:
-    return path.rpartition("/")[2]
+def _name(path: bytes) -> str:
+    return path.rpartition(b"/")[2].decode("utf-8", "replace")
 
 
-def _suffix(path: str) -> str:
+def _suffix(path: bytes) -> str:
     name = _name(path)
     return name[name.rfind(".") :].lower() if "." in name[1:] else ""

@@ -88,7 +88,11 @@ def test_a_condition_keeps_what_it_says(
 def test_a_folder_keeps_what_lies_below_it(folder: Path, query: Embeddings) -> None:
     assert found(folder, query, root=folder / "photos/work") == list(range(6, 12))
     assert found(folder, query, root=folder / "photos") == list(range(12))
-    assert found(folder, query, root=folder / "photos/wor") == []
+    assert found(folder, query, root=folder / "photos/work/../holidays") == list(range(6))
+    (folder / "link").symlink_to(folder / "photos/holidays")
+    assert found(folder, query, root=folder / "link") == list(range(6))
+    with pytest.raises(ConfigError, match="wor holds no indexed picture"):
+        found(folder, query, root=folder / "photos/wor")
     assert found(folder, query, root=folder / "photos/work", where="suffix = '.jpg'") == [6, 8, 10]
 
 
@@ -239,3 +243,70 @@ def test_a_remembered_condition_follows_the_index(tmp_path: Path, query: Embeddi
         noise(1).save(tmp_path / "photos/b.png")
         update_index(tmp_path / "index", [], CountingEncoder())
         assert len(index.search(query, 5, condition)) == 2
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An index over two files whose names are no text, one in a folder whose name is none either."""
+    folder = tmp_path_factory.mktemp("odd").resolve()
+    for number, name in enumerate((b"img_0.png", b"img\xff_1.png", b"fo\xff/img_2.png")):
+        path = Path(os.fsdecode(os.fsencode(folder / "photos") + b"/" + name))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        noise(number).save(path, "PNG")
+    update_index(folder / "index", [folder / "photos"], CountingEncoder())
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("where", "count"),
+    [("name like '%_0.png'", 1), ("suffix = '.png'", 3), ("folder like '%/fo%'", 1), ("path like '%_1.png'", 1)],
+)
+def test_a_name_that_is_no_text_breaks_no_condition(odd: Path, query: Embeddings, where: str, count: int) -> None:
+    with ImageIndex.open(odd / "index") as index:
+        assert len(index.search(query, 10, Filter(where))) == count
+
+
+def test_a_folder_whose_name_is_no_text_keeps_what_lies_below_it(odd: Path, query: Embeddings) -> None:
+    with ImageIndex.open(odd / "index") as index:
+        hits = index.search(query, 10, Filter(root=Path(os.fsdecode(os.fsencode(odd / "photos") + b"/fo\xff"))))
+    assert [hit.path.name for hit in hits] == ["img_2.png"]
+
+
+def test_an_empty_field_of_a_table_says_nothing(folder: Path, query: Embeddings, tmp_path: Path) -> None:
+    table = tmp_path / "prices.csv"
+    table.write_text("name,price\nimg_00.jpg,10\nimg_01.PNG,\nimg_02.jpg,30\nimg_03.PNG,NaN\n")
+    assert found(folder, query, where="price > 5", table=table) == [0, 2]
+    assert found(folder, query, where="price is null and name < 'img_04'", table=table) == [1, 3]
+
+
+def test_codes_keep_their_zeros_and_numbers_are_numbers(folder: Path, query: Embeddings, tmp_path: Path) -> None:
+    table = tmp_path / "codes.csv"
+    table.write_text("name,code,count\nimg_00.jpg,007,100\nimg_01.PNG,7,20\nimg_02.jpg,0070,3\n")
+    assert found(folder, query, where="code = '007'", table=table) == [0]
+    assert found(folder, query, where="code like '00%'", table=table) == [0, 2]
+    assert found(folder, query, where="count > 10", table=table) == [0, 1]
+
+
+@pytest.mark.parametrize("name", ["row", "sha256", "Camera", "PATH_BYTES", "side_key", "root_id"])
+def test_a_column_whose_name_is_taken_has_another(folder: Path, query: Embeddings, tmp_path: Path, name: str) -> None:
+    table = tmp_path / "taken.csv"
+    table.write_text(f"name,{name},label\nimg_00.jpg,x,1\nimg_03.PNG,y,1\n")
+    assert found(folder, query, where="label = 1 and camera = 'Canon EOS 5D'", table=table) == [0, 3]
+    assert found(folder, query, where=f"side_{name} = 'y'", table=table) == [3]
+
+
+def test_a_file_with_two_rows_in_a_table_is_listed_once(folder: Path, tmp_path: Path) -> None:
+    table = tmp_path / "twice.csv"
+    table.write_text("name,label\nimg_00.jpg,1\nimg_00.jpg,1\nimg_01.PNG,1\n")
+    with ImageIndex.open(folder / "index") as index:
+        page = index.page(Filter("label = 1", table=table), (b"", b""), 10)
+    assert [Path(listed.path).name for listed in page] == ["img_00.jpg", "img_01.PNG"]
+
+
+def test_integers_of_any_size_come_in_from_parquet(folder: Path, query: Embeddings, tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = tmp_path / "hashes.parquet"
+    columns = {"name": ["img_00.jpg"], "phash": pyarrow.array([2**63 + 5], pyarrow.uint64()), "code": ["007"]}
+    parquet.write_table(pyarrow.table(columns), table)
+    assert found(folder, query, where=f"phash = '{2**63 + 5}' and code = '007'", table=table) == [0]
