@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -23,10 +25,37 @@ if TYPE_CHECKING:
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 Folder = click.Path(path_type=Path, file_okay=False)
 AnyPath = click.Path(path_type=Path)
+_PICTURES = {".jpg", ".jpeg", ".png", ".gif", ".webp", ".avif", ".heic", ".bmp", ".tif", ".tiff"}
 IS_MAIN_PROCESS = os.environ.get("RANK", "0") == "0"
 """False in the processes that torchrun starts beside the first."""
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+
+
+class FiniteRange(click.FloatRange):
+    """A number in a range; NaN, which no comparison refuses, is in none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Convert as click does, and refuse what is not finite."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is no finite number.", param, ctx)
+        return number
+
+
+def new_page(context: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
+    """Callback of an option that names a page to write: a picture is not meant to be written over."""
+    if value is not None and value.suffix.lower() in _PICTURES:
+        raise click.BadParameter(
+            f"{value} has the name of a picture; expected one such as out.html", context, parameter
+        )
+    return value
+
+
+def printable(path: Path) -> str:
+    """A path as text for a terminal: what is no text, and what would steer the terminal, becomes `�`."""
+    text = os.fsencode(path).decode("utf-8", "replace")
+    return "".join(letter if letter.isprintable() else "�" for letter in text)
 
 
 class Group(click.Group):
@@ -39,9 +68,10 @@ class Group(click.Group):
         except MimcoError as error:
             raise click.ClickException(str(error)) from error
         except OSError as error:
-            if error.filename is None:  # a broken pipe, for one, is click's to handle
+            if error.errno == errno.EPIPE:  # click's to handle
                 raise
-            raise click.ClickException(f"{error.filename}: {error.strerror}") from error
+            place = "" if error.filename is None else f"{error.filename}: "
+            raise click.ClickException(f"{place}{error.strerror or error}") from error
 
 
 @contextlib.contextmanager
@@ -132,7 +162,7 @@ def file_timeout_option(default_s: float) -> Callable[[FunctionT], FunctionT]:
     """The option that bounds the decoding of a file."""
     return click.option(
         "--file-timeout",
-        type=click.FloatRange(min=0.1),
+        type=FiniteRange(min=0.1),
         default=default_s,
         show_default=True,
         metavar="SECONDS",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mimco_deploy.commands.common import Folder, json_option, print_json
+from mimco_deploy.commands.common import FiniteRange, Folder, json_option, print_json, printable
 from mimco_deploy.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _min_score_option = click.option(
     "--min-score",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=FiniteRange(0, 1, min_open=True),
     default=0.95,
     show_default=True,
     help="Cosine from which two pictures count as the same.",
@@ -172,6 +172,4 @@ def _many(count: int, noun: str) -> str:
 
 
 def _short(path: Path) -> str:
-    from mimco_deploy.serving.scan import readable
-
-    return readable(path).removeprefix(f"{Path.cwd()}{os.sep}")
+    return printable(path).removeprefix(f"{Path.cwd()}{os.sep}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mimco_deploy.commands.common import json_option, print_json
+from mimco_deploy.commands.common import json_option, new_page, print_json
 from mimco_deploy.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @click.command("map")
-@click.argument("output", type=click.Path(path_type=Path, dir_okay=False), default=Path("map.html"))
+@click.argument("output", type=click.Path(path_type=Path, dir_okay=False), default=Path("map.html"), callback=new_page)
 @click.option(
     "--method",
     type=click.Choice(["auto", "pca", "umap"]),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +16,14 @@ import click
 
 from mimco_deploy.commands.common import (
     AnyPath,
+    FiniteRange,
     Folder,
     FunctionT,
     json_option,
     load_encoder,
+    new_page,
     print_json,
+    printable,
     runtime_options,
 )
 from mimco_deploy.errors import ConfigError, ImageError
@@ -29,10 +33,20 @@ from mimco_deploy.workspace import Workspace
 if TYPE_CHECKING:
     from mimco_deploy.serving.encoders import Encoder
     from mimco_deploy.serving.index import Hit
-    from mimco_deploy.serving.query import Part
-
+_MAX_NAME_BYTES = 255
 NOTHING_FOUND = 3
 """Exit code where no query has a hit."""
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What one query came to."""
+
+    query: Path
+    hits: list[Hit]
+    encoder: Encoder
+    error: str | None = None
+    """Why it could not be searched for, where there are others."""
 
 
 class _Weighted(click.ParamType):  # type: ignore[type-arg]  # generic in newer clicks only
@@ -82,8 +96,8 @@ def _query_options(function: FunctionT) -> FunctionT:
         click.option("--plus", type=_Weighted(), multiple=True, help="And like this picture; repeatable."),
         click.option("--minus", type=_Weighted(), multiple=True, help="And unlike this picture; repeatable."),
         click.option("-k", type=click.IntRange(min=1), default=10, show_default=True, help="Number of hits."),
-        click.option("--min-score", type=click.FloatRange(-1, 1), default=-1.0, help="Least score of a hit."),
-        click.option("--min-confidence", type=click.FloatRange(0, 1), default=0.0, help="Least confidence of a hit."),
+        click.option("--min-score", type=FiniteRange(-1, 1), default=-1.0, help="Least score of a hit."),
+        click.option("--min-confidence", type=FiniteRange(0, 1), default=0.0, help="Least confidence of a hit."),
         click.option("--root", type=Folder, help="Only pictures in this folder or below."),
         click.option("--where", multiple=True, metavar="SQL", help="Only pictures for which this holds; repeatable."),
         click.option("--table", type=AnyPath, help="CSV or Parquet whose columns --where may name."),
@@ -97,7 +111,12 @@ def _output_options(function: FunctionT) -> FunctionT:
     options = [
         click.option("--jsonl", "as_jsonl", is_flag=True, help="Print a line of JSON for each hit."),
         click.option("-0", "--print0", is_flag=True, help="Print paths alone, each with a NUL behind it."),
-        click.option("--sheet", type=click.Path(path_type=Path, dir_okay=False), help="Write query and hits as HTML."),
+        click.option(
+            "--sheet",
+            type=click.Path(path_type=Path, dir_okay=False),
+            callback=new_page,
+            help="Write query and hits as HTML.",
+        ),
         click.option("--why", is_flag=True, help="Show in the sheet which parts of query and hit are alike."),
         click.option("--rerank", is_flag=True, help="Order the best hits by how alike their parts are."),
         click.option("--copy-to", type=Folder, help="Copy the hits into this folder."),
@@ -139,17 +158,22 @@ def search(
         raise click.UsageError("Give a query, at most one of --json, --jsonl and -0, and --sheet with one query only.")
     if (options["why"] and sheet is None) or list(queries).count(Path("-")) > 1:
         raise click.UsageError("--why goes with --sheet, and - can be given once.")
+    if options["table"] is not None and not options["where"]:
+        raise click.UsageError("--table goes with --where.")
     watch = Stopwatch()
-    found_any = False
     show = _printer(as_json, as_jsonl, print0)
-    for query, hits, encoder in _answers(workspace, queries, sheet, watch, **options):
-        found_any = found_any or bool(hits)
-        show(query, hits, encoder, watch.laps_ms if timings else {})
-        if copy_to is not None:
-            _copy(hits, copy_to)
+    copies = None if copy_to is None else _Copies(copy_to)
+    answers = []
+    for answer in _answers(workspace, queries, sheet, watch, **options):
+        answers.append(answer)
+        show(answer, watch.laps_ms if timings else {})
+        if copies is not None:
+            copies.take(answer.hits)
     if timings and not as_json:
         click.echo("ms: " + ", ".join(f"{name} {ms:.1f}" for name, ms in watch.laps_ms.items()), err=True)
-    if not found_any:
+    if all(answer.error is not None for answer in answers) or (copies is not None and copies.failed):
+        context.exit(1)
+    if not any(answer.hits for answer in answers):
         context.exit(NOTHING_FOUND)
 
 
@@ -171,15 +195,19 @@ def _answers(
     why: bool,
     rerank: bool,
     **runtime: Any,
-) -> Iterator[tuple[Path, list[Hit], Encoder]]:
+) -> Iterator[_Answer]:
     from mimco_deploy.serving.filters import Filter
     from mimco_deploy.serving.index import ImageIndex
     from mimco_deploy.serving.query import Part, search_image
 
+    if sheet is not None:
+        from mimco_deploy.serving.sheet import write_sheet
+        from mimco_deploy.serving.why import explain
     watch.lap("imports")
     encoder = load_encoder(workspace, **runtime)
     watch.lap("encoder")
-    condition = Filter(" AND ".join(f"({one}\n)" for one in where), root, table)
+    # A line end, so that a remark at the end of one does not take in the next.
+    condition = Filter(where[0] if len(where) == 1 else " AND ".join(f"({one}\n)" for one in where), root, table)
     others = [Part(path, weight) for path, weight in plus] + [Part(path, -weight) for path, weight in minus]
     with ImageIndex.open(workspace.index, encoder.spec.fingerprint) as index:
         watch.lap("index")
@@ -188,87 +216,108 @@ def _answers(
             parts = [Part(picture, crop=crop), *others]
             try:
                 hits = search_image(
-                    index, encoder, parts, k, condition, min_score=min_score, rerank=rerank, watch=watch
-                )
-            except ImageError as error:
-                if len(queries) == 1:
-                    raise
+                    index, encoder, parts, k, condition,
+                    min_score=min_score, min_confidence=min_confidence, rerank=rerank, watch=watch,
+                )  # fmt: skip
+            except (ImageError, ConfigError) as error:
+                if len(queries) == 1 or not (isinstance(error, ImageError) or crop):
+                    raise  # what is wrong with a condition is wrong for all
                 click.echo(f"Error: {error}", err=True)
-                hits = []
-            hits = [hit for hit in hits if hit.confidence is None or hit.confidence >= min_confidence]
+                yield _Answer(query, [], encoder, str(error))
+                continue
+            if min_confidence and any(hit.confidence is None for hit in hits):
+                click.echo("too few pictures are indexed to tell confidence: --min-confidence left none out", err=True)
             if sheet is not None:
-                _write_sheet(sheet, query, parts, hits, encoder if why else None)
-            yield query, hits, encoder
+                write_sheet(sheet, parts, hits, explain(encoder, parts[0], [hit.path for hit in hits]) if why else [])
+            yield _Answer(query, hits, encoder)
 
 
-def _write_sheet(sheet: Path, query: Path, parts: Sequence[Part], hits: list[Hit], encoder: Encoder | None) -> None:
-    from mimco_deploy.serving.sheet import write_sheet
-    from mimco_deploy.serving.why import explain
-
-    reasons = [] if encoder is None else explain(encoder, parts[0], [hit.path for hit in hits])
-    write_sheet(sheet, query if parts[0].picture == query else parts[0].picture, hits, reasons)
-
-
-def _printer(
-    as_json: bool, as_jsonl: bool, print0: bool
-) -> Callable[[Path, list[Hit], Encoder, dict[str, float]], None]:
+def _printer(as_json: bool, as_jsonl: bool, print0: bool) -> Callable[[_Answer, dict[str, float]], None]:
     def ranked(hits: list[Hit]) -> list[dict[str, Any]]:
         return [{"rank": rank, **asdict(hit)} for rank, hit in enumerate(hits, start=1)]
 
-    def document(query: Path, hits: list[Hit], encoder: Encoder, laps: dict[str, float]) -> None:
+    def document(answer: _Answer, laps: dict[str, float]) -> None:
         from mimco_deploy.commands.common import run_by
 
         more = {"timings_ms": laps} if laps else {}
-        print_json({"query": query, "hits": ranked(hits), **run_by(encoder), **more})
+        failed = {"error": answer.error} if answer.error is not None else {}
+        print_json({"query": answer.query, "hits": ranked(answer.hits), **failed, **run_by(answer.encoder), **more})
 
-    def lines(query: Path, hits: list[Hit], *_: object) -> None:
-        for hit in ranked(hits):
-            click.echo(json.dumps({"query": query, **hit}, default=str))
+    def lines(answer: _Answer, _: object) -> None:
+        for hit in ranked(answer.hits):
+            click.echo(json.dumps({"query": answer.query, **hit}, default=str))
 
-    def paths(_: Path, hits: list[Hit], *__: object) -> None:
-        for hit in hits:
+    def paths(answer: _Answer, _: object) -> None:
+        for hit in answer.hits:
             sys.stdout.buffer.write(os.fsencode(hit.path) + b"\0")
 
     return document if as_json else lines if as_jsonl else paths if print0 else _print_table
 
 
-def _print_table(query: Path, hits: list[Hit], *_: object) -> None:
+def _print_table(answer: _Answer, _: object) -> None:
     from mimco_deploy.serving.background import in_words
-    from mimco_deploy.serving.scan import readable
     from mimco_deploy.terminal import print_thumbnail
 
     here = f"{Path.cwd()}{os.sep}"
-    for rank, hit in enumerate(hits, start=1):
+    for rank, hit in enumerate(answer.hits, start=1):
         print_thumbnail(hit.path)
-        path = readable(hit.path).removeprefix(here)
+        path = printable(hit.path).removeprefix(here)
         click.echo(f"{rank:>3}  {hit.score:.4f}  {in_words(hit.confidence):<8}  {path}")
-    best = hits[0].expected_by_chance if hits else None
-    if not hits:
-        click.echo(f"nothing found for {readable(query)}", err=True)
+    best = answer.hits[0].expected_by_chance if answer.hits else None
+    if not answer.hits and answer.error is None:
+        click.echo(f"nothing found for {printable(answer.query)}", err=True)
     elif best is not None and best >= 1:
         click.echo(
-            f"nothing really matches {readable(query)}: about {best:,.0f} pictures would be as alike by chance",
+            f"nothing really matches {printable(answer.query)}: about {best:,.0f} pictures would be as alike by chance",
             err=True,
         )
 
 
-def _read_list(path: Path) -> Iterator[Path]:
+def _read_list(path: Path) -> list[Path]:
     try:
         content = sys.stdin.buffer.read() if path == Path("-") else path.read_bytes()
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror})", expected="a list of pictures") from error
-    separator = b"\0" if b"\0" in content else b"\n"
-    yield from (Path(os.fsdecode(line)) for line in content.split(separator) if line.strip())
+    lines = content.split(b"\0") if b"\0" in content else [line.removesuffix(b"\r") for line in content.split(b"\n")]
+    paths = [Path(os.fsdecode(line)) for line in lines if line.strip()]
+    if not paths:
+        raise ConfigError(f"{path} names no picture", expected="a path in each line")
+    return paths
 
 
-def _copy(hits: Sequence[Hit], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for rank, hit in enumerate(hits, start=1):
-        target = folder / f"{rank:03d}-{hit.path.name}"
-        if target.exists():
-            click.echo(f"{target} exists and is kept", err=True)
-            continue
-        try:
-            shutil.copy2(hit.path, target)
-        except OSError as error:
-            click.echo(f"{hit.path} cannot be copied ({error.strerror})", err=True)
+class _Copies:
+    """Copies of hits in a folder, over nothing that was there before."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.failed = False
+        self._folder = folder
+        self._made: set[Path] = set()
+
+    def take(self, hits: Sequence[Hit]) -> None:
+        """Copy the hits of one query."""
+        for rank, hit in enumerate(hits, start=1):
+            target = self._place(rank, hit.path)
+            try:
+                with hit.path.open("rb") as source, target.open("xb") as copy:
+                    shutil.copyfileobj(source, copy)
+                shutil.copystat(hit.path, target)
+            except FileExistsError:  # also a link that leads nowhere
+                click.echo(f"{printable(target)} exists and is kept", err=True)
+            except OSError as error:
+                self.failed = True
+                click.echo(f"{printable(hit.path)} cannot be copied ({error.strerror})", err=True)
+            else:
+                self._made.add(target)
+
+    def _place(self, rank: int, path: Path) -> Path:
+        """Where a hit goes: another query's of the same rank and name gets a number."""
+        for number in itertools.count(1):
+            end = f"{'' if number == 1 else f' ({number})'}{path.suffix}"
+            stem = path.stem
+            while stem and len(os.fsencode(f"{rank:03d}-{stem}{end}")) > _MAX_NAME_BYTES:
+                stem = stem[:-1]
+            target = self._folder / f"{rank:03d}-{stem}{end}"
+            if target not in self._made:
+                break
+        return target

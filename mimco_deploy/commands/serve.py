@@ -10,6 +10,7 @@ import click
 
 from mimco_deploy.commands.common import (
     AnyPath,
+    FiniteRange,
     Folder,
     encoder_path,
     extra,
@@ -77,7 +78,7 @@ def serve(
 
 @click.command()
 @click.argument("folders", nargs=-1, type=Folder)
-@click.option("--settle", type=click.FloatRange(0.1, 3600), default=2.0, show_default=True, metavar="SECONDS",
+@click.option("--settle", type=FiniteRange(0.1, 3600), default=2.0, show_default=True, metavar="SECONDS",
               help="Without a change before it is indexed.")  # fmt: skip
 @runtime_options
 @click.pass_obj

@@ -117,6 +117,7 @@ def search_image(
     condition: Filter | None = None,
     *,
     min_score: float = -1.0,
+    min_confidence: float = 0.0,
     rerank: bool = False,
     watch: Stopwatch | None = None,
 ) -> list[Hit]:
@@ -129,6 +130,7 @@ def search_image(
         k: at least 1.
         condition: which files may be hits.
         min_score: least score of a hit.
+        min_confidence: least confidence of a hit, where it is known.
         rerank: order the best hits by how alike their parts are to those of the first picture (`why.py`). The scores
             stay those of the whole pictures.
         watch: told when the query is decoded, embedded and searched for.
@@ -147,8 +149,9 @@ def search_image(
     parts = [Part(query)] if isinstance(query, Path) else query
     embedding = query_embedding(index, encoder, parts, watch)
     hits = index.search(embedding, RERANKED * k if rerank else k, condition, min_score=min_score)
+    hits = [hit for hit in hits if hit.confidence is None or hit.confidence >= min_confidence]
     watch.lap("search")
-    if rerank:
+    if rerank and hits:
         from mimco_deploy.serving.why import explain, order_by_parts
 
         hits = order_by_parts(hits, explain(encoder, parts[0], [hit.path for hit in hits]))[:k]

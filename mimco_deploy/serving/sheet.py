@@ -15,8 +15,10 @@ from PIL import Image
 from mimco_deploy.atomic import write_bytes
 from mimco_deploy.errors import ImageError
 from mimco_deploy.images import decode_image, read_image
+from mimco_deploy.preprocess import Crop, cut
 from mimco_deploy.serving.background import in_words
 from mimco_deploy.serving.index import Hit
+from mimco_deploy.serving.query import Part
 from mimco_deploy.serving.scan import readable
 from mimco_deploy.serving.why import Reason
 
@@ -55,6 +57,8 @@ li .well { border-radius: 0; }
   font-variant-numeric: tabular-nums; }
 .bar { height: 3px; margin: .45rem 0 .55rem; border-radius: 2px; background: var(--well); }
 .bar i { display: block; height: 100%; border-radius: 2px; background: var(--mark); }
+.part { display: flex; align-items: center; gap: .5rem; margin-bottom: .4rem; }
+.part img { width: 48px; height: 48px; object-fit: contain; border-radius: 6px; background: var(--well); }
 .pair { display: flex; gap: 2px; margin-bottom: .4rem; }
 .pair img { width: 50%; height: auto; }
 .name { font-size: .87rem; overflow-wrap: anywhere; }
@@ -66,21 +70,30 @@ footer { margin-top: 2rem; color: var(--soft); font-size: .8rem; }
 """
 
 
-def write_sheet(path: Path, query: Path | bytes, hits: Sequence[Hit], reasons: Sequence[Reason | None] = ()) -> None:
+def write_sheet(
+    path: Path, query: Path | Sequence[Part], hits: Sequence[Hit], reasons: Sequence[Reason | None] = ()
+) -> None:
     """Write a page that shows a query image and its hits.
 
     Pictures are embedded as thumbnails, so the page can be mailed; only the links to the originals need the disk.
 
     Args:
         path: file to write, replaced whole.
-        query: the query image, a file or the content of one.
+        query: the query image, or its parts, as for `search_image`.
         hits: best first.
         reasons: of each hit, where it and the query are alike; none to show pictures alone.
     """
-    name = "picture on stdin" if isinstance(query, bytes) else readable(query.name)
-    folder = "" if isinstance(query, bytes) else readable(query.absolute().parent)
+    first, *others = [Part(query)] if isinstance(query, Path) else query
+    name = _name(first)
+    folder = "" if isinstance(first.picture, bytes) else readable(first.picture.absolute().parent)
     title = html.escape(f"{name} · {_number(len(hits))}")
-    query_picture = _picture(query, f"Query image {name}")
+    query_picture = _picture(first.picture, f"Query image {name}", first.crop)
+    more = "".join(
+        f'<div class="part">{_picture(part.picture, _name(part), part.crop)}'
+        f'<p class="soft path">and {"un" if part.weight < 0 else ""}like {html.escape(_name(part))}'
+        f"{'' if abs(part.weight) == 1 else f', weight {abs(part.weight):g}'}</p></div>"
+        for part in others
+    )
     cards = [_card(rank, hit, reasons[rank - 1] if reasons else None) for rank, hit in enumerate(hits, 1)]
     heat = " Bright parts of a pair are alike in both." if any(reasons) else ""
     page = f"""<!doctype html>
@@ -99,9 +112,9 @@ def write_sheet(path: Path, query: Path | bytes, hits: Sequence[Hit], reasons: S
 <p class="kicker">Query image</p>
 <h1>{html.escape(name)}</h1>
 <p class="soft path">{html.escape(folder)}</p>
-<p class="soft">{_number(len(hits))}, best first. The score is the cosine of the embeddings: 1 is the same picture.
-{heat}</p>
-</div>
+{more}<p class="soft">{_number(len(hits))}, best first.
+The score is the cosine of the embeddings: 1 is the same picture.{heat}</p>
+{_no_match(hits)}</div>
 </header>
 <main>
 <ol>
@@ -112,6 +125,18 @@ def write_sheet(path: Path, query: Path | bytes, hits: Sequence[Hit], reasons: S
 </html>
 """
     write_bytes(path, page.encode())
+
+
+def _name(part: Part) -> str:
+    name = "picture on stdin" if isinstance(part.picture, bytes) else readable(part.picture.name)
+    return name if part.crop is None else f"{name}, a part"
+
+
+def _no_match(hits: Sequence[Hit]) -> str:
+    best = hits[0].expected_by_chance if hits else None
+    if best is None or best < 1:
+        return ""
+    return f"<p><strong>Nothing really matches</strong>: about {best:,.0f} pictures would be as alike by chance.</p>\n"
 
 
 def _card(rank: int, hit: Hit, reason: Reason | None) -> str:
@@ -162,17 +187,14 @@ def _heated(pixels: npt.NDArray[np.uint8], heat: npt.NDArray[np.float32]) -> Ima
     return Image.composite(Image.fromarray(pixels), dimmed, mask)
 
 
-def _picture(source: Path | bytes, alt: str) -> str:
+def _picture(source: Path | bytes, alt: str, crop: Crop | None = None) -> str:
+    side_px = None if crop else THUMBNAIL_PX  # a crop may be in pixels of the whole
     try:
-        picture = (
-            decode_image(source, "query", THUMBNAIL_PX)
-            if isinstance(source, bytes)
-            else read_image(source, THUMBNAIL_PX)
-        )
+        picture = decode_image(source, "query", side_px) if isinstance(source, bytes) else read_image(source, side_px)
     except ImageError as error:
         reason = "no longer there" if error.problem == "missing" else error.problem.replace("_", " ")
         return f'<span role="img" aria-label="{html.escape(alt)}, {reason}">{reason}</span>'
-    return _tag(picture, alt)
+    return _tag(cut(picture, crop), alt)
 
 
 def _tag(picture: Image.Image, alt: str) -> str:

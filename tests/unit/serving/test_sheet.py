@@ -43,6 +43,13 @@ def sheet(folder: Path, query: Path, hits: list[Hit]) -> Page:
     return Page((folder / "sheet.html").read_text(encoding="utf-8"))
 
 
+def test_it_says_so_where_nothing_really_matches(tmp_path: Path) -> None:
+    query = save(tmp_path / "query.png", 1)
+    for expected, said in ((3.0, True), (0.9, False), (None, False)):
+        page = sheet(tmp_path, query, [Hit(query, 0.5, "0" * 64, expected, 0.25)])
+        assert ("Nothing really matches" in page.text) == said
+
+
 def test_the_sheet_shows_the_query_and_every_hit_with_rank_score_and_path(tmp_path: Path) -> None:
     paths = [save(tmp_path / "deep" / f"{number}.png", number) for number in range(3)]
     page = sheet(tmp_path, paths[0], [hit(path, 0.9 - number / 10) for number, path in enumerate(paths)])
