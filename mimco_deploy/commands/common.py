@@ -113,14 +113,10 @@ device_option = click.option(
 )
 
 
-def runtime_options(function: FunctionT) -> FunctionT:
-    """Options that say which encoder runs, and where; `load_encoder` takes them."""
+def runtime_options(function: FunctionT, default: str = "the index's, else the workspace's, else mimco's") -> FunctionT:
+    """Options that say which encoder runs, by default as `default` says, and where; `load_encoder` takes them."""
     options = [
-        click.option(
-            "--encoder",
-            type=AnyPath,
-            help="Bundle: folder, .zip or .tar.  [default: the index's, else the workspace's, else mimco's]",
-        ),
+        click.option("--encoder", type=AnyPath, help=f"Bundle: folder, .zip or .tar.  [default: {default}]"),
         device_option,
         click.option("--strict", is_flag=True, help="Fail where the encoder does not run on that device."),
     ]

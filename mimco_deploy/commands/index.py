@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from mimco_deploy.commands.common import (
+    FiniteRange,
     Folder,
     FunctionT,
     encoder_path,
@@ -53,21 +56,18 @@ def index() -> None:
 
 
 class _Move(click.ParamType):  # type: ignore[type-arg]  # generic in newer clicks only
-    """Two folders, OLD=NEW."""
+    """Two folders, OLD=NEW. Where to split is the index's to say: a name may hold the sign."""
 
     name = "OLD=NEW"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Path, Path]:
-        """Split at the equals sign."""
-        if isinstance(value, tuple):
-            return value
-        old, sign, new = str(value).partition("=")
-        if not (old and sign and new):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Look for an equals sign between two names."""
+        if "=" not in str(value)[1:-1]:
             self.fail(f"{value} is not of the form OLD=NEW", param, ctx)
-        return Path(old), Path(new)
+        return str(value)
 
 
-def _update_options(function: FunctionT) -> FunctionT:
+def _update_options(function: FunctionT, encoder_options: Callable[[Any], Any] = runtime_options) -> FunctionT:
     options = [
         click.option(
             "--batch-size",
@@ -83,12 +83,16 @@ def _update_options(function: FunctionT) -> FunctionT:
             metavar="MIB",
             help="That the process which decodes a file may take.",
         ),
-        runtime_options,
+        encoder_options,
         json_option,
     ]
     for option in reversed(options):
         function = option(function)
     return function
+
+
+def _reindex_options(function: FunctionT) -> FunctionT:
+    return _update_options(function, partial(runtime_options, default="the workspace's, else mimco's"))
 
 
 @index.command()
@@ -101,7 +105,7 @@ def update(
     workspace: Workspace,
     /,
     folders: tuple[Path, ...],
-    moves: tuple[tuple[Path, Path], ...],
+    moves: tuple[str, ...],
     retry_problems: bool,
     **options: Any,
 ) -> None:
@@ -109,24 +113,31 @@ def update(
 
     Only new and changed pictures are embedded; what is gone is dropped.
     """
-    from mimco_deploy.serving.roots import move_roots
+    from mimco_deploy.serving.roots import move_roots, split_move
 
-    for old, new in moves:
-        move_roots(workspace.index, old, new)
+    for move in moves:
+        move_roots(workspace.index, *split_move(workspace.index, move))
     _update(workspace, folders, encoder_path(workspace, options["encoder"]), retry_problems=retry_problems, **options)
 
 
 @index.command()
 @click.argument("folders", nargs=-1, type=Folder)
-@_update_options
+@_reindex_options
 @click.pass_obj
 def reindex(workspace: Workspace, /, folders: tuple[Path, ...], **options: Any) -> None:
     """Embed everything again, beside the index, and put it in place when it is whole: another encoder, a broken index.
 
-    All indexed folders and FOLDERS. The encoder is the workspace's, or the one given. Searches see the old index
-    meanwhile. What was cut short goes on where it stopped.
+    All indexed folders and FOLDERS. The encoder is the one given, else the workspace's, else mimco's, whichever made
+    the old index. Searches see that meanwhile. What was cut short goes on where it stopped.
     """
-    _update(workspace, folders, options["encoder"] or encoder_of(workspace), rebuild=True, **options)
+    from mimco_deploy.serving.inspect import fingerprint_of
+
+    bundle = options["encoder"] or encoder_of(workspace)
+    before = fingerprint_of(workspace.index)
+    _update(workspace, folders, bundle, rebuild=True, **options)
+    after = fingerprint_of(workspace.index)
+    if before is not None and after is not None and before != after:
+        click.echo(f"embedded by another encoder than before: {after[:12]} of {bundle}, not {before[:12]}", err=True)
 
 
 def _update(
@@ -169,7 +180,8 @@ def _update(
         + (f" ({ran.provider}, {ran.precision})" if ran else "")
     )
     for folder in report.unreachable:
-        click.echo(f"kept {folder.kept} pictures of {folder.path}, which cannot be read: {folder.reason}", err=True)
+        kept = f"kept {folder.kept} pictures of it" if folder.kept else "nothing of it is indexed"
+        click.echo(f"{folder.path} cannot be read ({folder.reason}): {kept}", err=True)
     if report.problems:
         click.echo(
             f"{len(report.problems)} files are no pictures, such as {report.problems[0].found}; "
@@ -184,9 +196,9 @@ def _update(
 @click.pass_obj
 def forget(workspace: Workspace, /, folders: tuple[Path, ...], as_json: bool) -> None:
     """Drop indexed FOLDERS, there or not; the pictures stay on the disk."""
-    from mimco_deploy.serving.roots import forget_root
+    from mimco_deploy.serving.roots import forget_roots
 
-    dropped = sum(forget_root(workspace.index, folder) for folder in folders)
+    dropped = forget_roots(workspace.index, folders)
     if as_json:
         print_json({"forgotten": folders, "files": dropped})
     else:
@@ -291,11 +303,11 @@ def compact(workspace: Workspace, /, as_json: bool) -> None:
 
 
 @index.command()
-@click.option("--latency-ms", type=click.FloatRange(min=0), default=50.0, show_default=True, help="For one query.")
+@click.option("--latency-ms", type=FiniteRange(min=0), default=50.0, show_default=True, help="For one query.")
 @click.option("--memory-mib", type=click.IntRange(min=1), default=1024, show_default=True, help="For an approximation.")
 @click.option(
     "--recall",
-    type=click.FloatRange(min=0, max=1, min_open=True),
+    type=FiniteRange(min=0, max=1, min_open=True),
     default=0.95,
     show_default=True,
     help="Least share of the true 10 nearest that a search finds.",

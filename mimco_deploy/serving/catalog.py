@@ -15,6 +15,7 @@ Paths are stored as the bytes the file system gave (`os.fsencode`), since not ev
 The journal is a rollback journal with `synchronous=EXTRA`, not a write-ahead log: between two writes the catalogue is
 one file that can be copied and read from a read-only disk, network file systems need no shared memory, and a batch of
 pictures takes far longer to embed than to commit. Transactions are short on both sides; whoever comes second waits.
+What reads for long reads a private copy.
 """
 
 from __future__ import annotations
@@ -49,6 +50,12 @@ _MAX_VARIABLES = 30_000
 """In one statement; SQLite takes 32,766."""
 # What SQLite reports where the catalogue is sound and its surroundings are not.
 _PASSING = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL}
+# And where a journal lies beside it that only somebody who may write can roll back.
+_LEFT_BEHIND = {
+    sqlite3.SQLITE_READONLY_ROLLBACK,
+    sqlite3.SQLITE_READONLY_CANTLOCK,
+    sqlite3.SQLITE_READONLY_RECOVERY,
+}
 _CONTENT = "sha256, crc32, width_px, height_px, taken, camera"
 _SCHEMA = """
 CREATE TABLE settings (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -169,12 +176,14 @@ class Catalog:
 
     Args:
         path: the file.
+        private: read a copy of its own, for what takes long: a writer waits for nobody who does. It is on the disk for
+            temporary files, gone with the connection, and what is written into it is lost.
 
     Raises:
         IndexStoreError: missing, not a catalogue, or of another format.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, private: bool = False) -> None:
         self._path = path
         with _explained(path):
             self._db = _connect(path, "rw")
@@ -188,9 +197,23 @@ class Catalog:
                     )
                 self.fingerprint = self._setting("fingerprint")
                 self.embedding_dim = int(self._setting("embedding_dim"))
+                copy = self._copied() if private else None
+            if copy is not None:
+                self._db.close()
+                self._db = copy
         except BaseException:
             self._db.close()
             raise
+
+    def _copied(self) -> sqlite3.Connection:
+        """A copy that nobody else sees. Inside a snapshot that has read: else `backup` might wait for ever."""
+        copy = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+        try:
+            self._db.backup(copy)
+        except BaseException:
+            copy.close()
+            raise
+        return copy
 
     @property
     def connection(self) -> sqlite3.Connection:
@@ -585,7 +608,12 @@ def _explained(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
-        if getattr(error, "sqlite_errorcode", 0) & 0xFF in _PASSING:
+        code = getattr(error, "sqlite_errorcode", 0)
+        if code in _LEFT_BEHIND:
+            raise IndexStoreError(
+                f"{path}: its last writer was killed", expected="its owner to run once: mimco index"
+            ) from error
+        if code & 0xFF in _PASSING:
             expected, command = "room on the disk, the right to write and no other writer", "mimco index"
         else:
             expected, command = "a catalogue", "mimco index reindex DIR"

@@ -108,7 +108,12 @@ def _serve(request: bytes, asked: IO[bytes], answers: IO[bytes], geometry: tuple
         if request[0] & CONTENT:
             content = request[REQUEST.size :]
         else:
-            with open(name, "rb") as file:  # noqa: PTH123  # a Path would be made for nothing
+            try:
+                file = open(name, "rb")  # noqa: PTH123, SIM115  # a Path would be made for nothing
+            except (FileNotFoundError, NotADirectoryError):  # only here: what a decoder misses later is another file
+                write_frame(answers, b"V")
+                return
+            with file:
                 status = os.fstat(file.fileno())
                 stamp = STAMP.pack(*stamp_of(status))
                 if status.st_size > MAX_BYTES:
@@ -119,8 +124,6 @@ def _serve(request: bytes, asked: IO[bytes], answers: IO[bytes], geometry: tuple
         _refuse(answers, stamp, error.problem, error.found)
     except ConfigError as error:
         write_frame(answers, b"C", str(error).encode())
-    except (FileNotFoundError, NotADirectoryError):
-        write_frame(answers, b"V")
     except MemoryError:
         _refuse(answers, stamp, "too_large", f"{name} needs more memory than a file may take")
     except OSError as error:

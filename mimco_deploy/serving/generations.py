@@ -20,13 +20,13 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mimco_deploy.atomic import sync_dir, write_bytes
 from mimco_deploy.errors import EncoderMismatchError, IndexStoreError
-from mimco_deploy.serving.catalog import Catalog, Salvage, create_catalog
+from mimco_deploy.serving.catalog import BUDGET, Catalog, Salvage, create_catalog
 from mimco_deploy.serving.vectors import create_vectors, read_vectors
 
 FORMAT_VERSION = 1
@@ -101,6 +101,38 @@ def begin_generation(index: Path, fingerprint: str, dim: int) -> Generation:
         sync_dir(generation.path)
         sync_dir(index)
     return generation
+
+
+def take_over(index: Path, begun: Catalog, folders: Sequence[Path]) -> None:
+    """Bring a rebuild, which may have been cut short, in line with the index that it replaces.
+
+    It gets the budget of that, and loses the folders that were forgotten or that moved since it was begun; their
+    embeddings stay, dead. Nothing is done where there is no old index that can be read.
+
+    Args:
+        index: the index folder.
+        begun: catalogue of the generation that is filled.
+        folders: that are to be indexed, beside those that the old index has.
+    """
+    try:
+        with Catalog(current_generation(index).catalog) as old, old.snapshot():
+            budget, wanted = old.setting(BUDGET), {*folders, *(root.path for root in old.roots())}
+    except IndexStoreError:
+        return
+    with begun.transaction():
+        begun.set_setting(BUDGET, budget)
+        for root in begun.roots():
+            if root.path not in wanted:
+                begun.remove_root(root)
+
+
+def files_to_replace(index: Path) -> list[Path]:
+    """The files, absolute, of the index that a rebuild replaces; none where there is none that can be read."""
+    try:
+        with Catalog(current_generation(index).catalog) as old, old.snapshot():
+            return old.files()
+    except IndexStoreError:
+        return []
 
 
 def stage_generation(index: Path) -> Generation:

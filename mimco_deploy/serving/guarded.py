@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import cast
+from typing import IO, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -31,10 +31,10 @@ from mimco_deploy.errors import ConfigError, ImageError, ImageProblem, MimcoErro
 from mimco_deploy.images import Facts
 from mimco_deploy.preprocess import Crop
 from mimco_deploy.serving.decode_worker import CONTENT, HASH, LENGTH, READY, REQUEST, STAMP, read_frame, write_frame
-from mimco_deploy.serving.scan import Stamp, readable, stamp_of
+from mimco_deploy.serving.scan import Stamp, readable
 
 NEVER_OPENED = Stamp(-1, -1)
-"""The stamp of a file that could not be opened."""
+"""The stamp of a file that could not be opened, or whose decoder died: what it was when it was opened is not known."""
 _STAMP_AND_HASH = STAMP.size + 32
 _PIPE_BYTES = 2**20
 """So that an answer with its pixels fits into the pipe and its process goes on."""
@@ -70,6 +70,13 @@ class RefusedError(ImageError):
         self.stamp = stamp
 
 
+class VanishedError(FileNotFoundError):
+    """A file that is gone, as the process that was to read it found.
+
+    A class of its own: a system that lacks some other file, such as a folder for temporary ones, says nothing of it.
+    """
+
+
 class DecodePool:
     """Processes that read files, started as they are needed. Safe to use from several threads; close it.
 
@@ -98,7 +105,7 @@ class DecodePool:
             What it held.
 
         Raises:
-            FileNotFoundError: it is gone.
+            VanishedError: it is gone.
             RefusedError: it is no picture, cannot be read, or its decoder did not survive it.
             ConfigError: the crop lies outside of it.
         """
@@ -123,7 +130,7 @@ class DecodePool:
             The stamp of the file, and a JPEG.
 
         Raises:
-            FileNotFoundError: it is gone.
+            VanishedError: it is gone.
             RefusedError: as for `read`.
         """
         answer = self._ask(_request(0, side_px, None) + os.fsencode(path), path)
@@ -150,7 +157,7 @@ class DecodePool:
                     how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
                     raise _lost(path, "crashed", f"brought its decoder down ({how})") from None
             except BaseException as error:
-                if isinstance(error, RefusedError | ConfigError | FileNotFoundError):
+                if isinstance(error, RefusedError | ConfigError | VanishedError):
                     self._idle.put(worker)  # it answered
                 else:
                     self._bury(worker)
@@ -217,28 +224,27 @@ class _Worker:
             "OPENBLAS_NUM_THREADS": "1",
             "OMP_NUM_THREADS": "1",
         }
-        with tempfile.TemporaryFile() as complaints:
-            try:
-                self.process = subprocess.Popen(
-                    [*command, repr(limits.seconds), str(limits.memory_mib)],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=complaints,
-                    env=environment,
-                )
-            except OSError as error:  # not to be taken for a file that is gone
-                raise MimcoError(f"the processes that decode pictures do not start ({error.strerror})") from error
-            assert self.process.stdin is not None
-            assert self.process.stdout is not None
-            self._requests, self._answers = self.process.stdin, self.process.stdout
-            # Not as a frame: whatever else an installation prints would be taken for a length.
-            if self._answers.read(len(READY)) != READY:
-                self.process.kill()
-                code = self.end()
-                complaints.seek(0)
-                last = complaints.read().decode(errors="replace").strip().split("\n")[-1]
-                raise MimcoError(f"the processes that decode pictures do not start (exit code {code}: {last})")
+        try:
+            with tempfile.TemporaryFile() as complaints:
+                self._start([*command, repr(limits.seconds), str(limits.memory_mib)], environment, complaints)
+        except OSError as error:  # also where no folder takes temporary files
+            raise MimcoError(f"the processes that decode pictures do not start ({error.strerror})") from error
         _widen(self._answers.fileno())
+
+    def _start(self, command: list[str], environment: dict[str, str], complaints: IO[bytes]) -> None:
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=complaints, env=environment
+        )
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self._requests, self._answers = self.process.stdin, self.process.stdout
+        # Not as a frame: whatever else an installation prints would be taken for a length.
+        if self._answers.read(len(READY)) != READY:
+            self.process.kill()
+            code = self.end()
+            complaints.seek(0)
+            last = complaints.read().decode(errors="replace").strip().split("\n")[-1]
+            raise MimcoError(f"the processes that decode pictures do not start (exit code {code}: {last})")
 
     def ask(self, request: bytes, path: Path | None, is_known: Callable[[bytes], bool] | None) -> bytes:
         write_frame(self._requests, request)
@@ -250,7 +256,7 @@ class _Worker:
             write_frame(self._requests, b"1")
             answer = read_frame(self._answers)
         if answer[:1] == b"V":
-            raise FileNotFoundError(path)
+            raise VanishedError(path)
         if answer[:1] == b"C":
             raise ConfigError(answer[1:].decode())
         if answer[:1] == b"R":
@@ -274,13 +280,8 @@ def _request(flags: int, thumbnail_px: int, crop: Crop | None) -> bytes:
 
 
 def _lost(path: Path | None, problem: ImageProblem, what: str) -> RefusedError:
-    if path is None:
-        return RefusedError(problem, f"the picture {what}", NEVER_OPENED)
-    try:
-        status = path.stat()
-    except OSError:
-        raise FileNotFoundError(path) from None
-    return RefusedError(problem, f"{readable(path)} {what}", stamp_of(status))
+    # No look at the file now: one that was put in its place meanwhile would be taken for the one that was read.
+    return RefusedError(problem, f"{'the picture' if path is None else readable(path)} {what}", NEVER_OPENED)
 
 
 def _stamp(answer: bytes) -> Stamp:

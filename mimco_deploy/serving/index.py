@@ -8,13 +8,15 @@ read-only disk can be searched.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,9 +26,13 @@ from mimco_deploy.serving.ann import Searcher
 from mimco_deploy.serving.background import Background, background_of
 from mimco_deploy.serving.catalog import Catalog, Counts, Listed, Problem
 from mimco_deploy.serving.filters import LIMIT_S, Filter, FilteredFiles
-from mimco_deploy.serving.generations import POINTER_FILE, Generation, check_encoder, current_generation
+from mimco_deploy.serving.generations import POINTER_FILE, Generation, check_encoder
+from mimco_deploy.serving.inspect import read_current
 from mimco_deploy.serving.tuning import Tuning, open_searcher, tuning_of
 from mimco_deploy.serving.vectors import read_vectors
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _REMEMBERED = 16
 
@@ -59,6 +65,25 @@ class _State:
     """[R, D], embeddings that the background is measured with"""
     filtered: dict[Filter, Searcher] = field(default_factory=dict)
     """The last conditions that were asked for"""
+
+
+def _of_the_newest(method: Callable[Concatenate[ImageIndex, P], T]) -> Callable[Concatenate[ImageIndex, P], T]:
+    """Call once more where a rewrite removed the embeddings meanwhile. A catalogue that is open can be read on.
+
+    As `read_current`, but a look at the pointer's date costs a search less than reading it.
+    """
+
+    @functools.wraps(method)
+    def call(self: ImageIndex, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        while True:
+            pointer = _pointer(self.path)
+            try:
+                return method(self, *args, **kwargs)
+            except (IndexStoreError, FileNotFoundError):
+                if _pointer(self.path) == pointer:
+                    raise
+
+    return call
 
 
 @dataclass
@@ -114,8 +139,7 @@ class ImageIndex:
         index._idle.append(connection)
         if fingerprint is not None:
             check_encoder(path, index.fingerprint, fingerprint)
-        with index._reading() as (generation, catalog):
-            index._refreshed(generation, catalog)
+        index.picture_count()  # opens all that a search needs
         return index
 
     def close(self) -> None:
@@ -136,6 +160,7 @@ class ImageIndex:
         with self._reading() as (_, catalog):
             return catalog.counts()
 
+    @_of_the_newest
     def picture_count(self) -> int:
         """Different pictures that a search looks through."""
         with self._reading() as (generation, catalog):
@@ -176,6 +201,7 @@ class ImageIndex:
             row = catalog.row_of_file(_full(path))
             return None if row is None else catalog.files_of([row])[row][0]
 
+    @_of_the_newest
     def embedding_of_content(self, content: str) -> npt.NDArray[np.float32] | None:
         """The stored embedding [D] of a content that some file has; None where none does."""
         with self._reading() as (generation, catalog):
@@ -198,6 +224,7 @@ class ImageIndex:
         with self._reading() as (_, catalog):
             return tuning_of(catalog)
 
+    @_of_the_newest
     def embedding_of(self, path: Path) -> npt.NDArray[np.float32] | None:
         """The stored embedding of an indexed file, which need not exist any more; None where it is not listed.
 
@@ -233,6 +260,7 @@ class ImageIndex:
             raise ValueError(f"embedding of shape {embedding.shape}, expected [{self.embedding_dim}]")
         return self.search_many(embedding[np.newaxis], k, condition, min_score=min_score)[0]
 
+    @_of_the_newest
     def search_many(
         self, embeddings: npt.NDArray[np.float32], k: int, condition: Filter | None = None, *, min_score: float = -1.0
     ) -> list[list[Hit]]:
@@ -321,14 +349,8 @@ def _embedding(generation: Generation, catalog: Catalog, row: int) -> npt.NDArra
 
 
 def _connect(path: Path) -> _Connection:
-    pointer, generation = _pointer(path), current_generation(path)
-    try:
-        return _Connection(pointer, generation, Catalog(generation.catalog))
-    except IndexStoreError:
-        newer = current_generation(path)
-        if newer == generation:
-            raise
-        return _connect(path)  # a rebuild finished while we opened the old one
+    pointer = _pointer(path)  # before the generation: one that is too old is noticed, one that is too new is not
+    return read_current(path, lambda generation: _Connection(pointer, generation, Catalog(generation.catalog)))
 
 
 def _pointer(path: Path) -> tuple[int, int]:

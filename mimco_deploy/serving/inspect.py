@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from mimco_deploy.errors import IndexStoreError
 from mimco_deploy.serving.catalog import Catalog, Counts
-from mimco_deploy.serving.generations import current_generation, has_index
+from mimco_deploy.serving.generations import Generation, current_generation, has_index
 from mimco_deploy.serving.tuning import Budget, Tuning, budget_of, damage, tuning_of
 from mimco_deploy.serving.vectors import crc32s as crc32s_of
 from mimco_deploy.serving.vectors import read_vectors
+
+T = TypeVar("T")
 
 ROWS_AT_ONCE = 65_536
 """Embeddings looked at together: 100 MB at 384 numbers."""
@@ -54,13 +57,38 @@ class IndexStatus:
     """What embedded last: `provider`, `precision`, `encoder` (path of the bundle); empty where nothing was yet."""
 
 
+def read_current(index: Path, read: Callable[[Generation], T]) -> T:
+    """Read the current generation; once more where a rewrite has put another in its place, and removed it, meanwhile.
+
+    Args:
+        index: the index folder.
+        read: may be called several times.
+
+    Returns:
+        What `read` returns.
+
+    Raises:
+        IndexStoreError: there is no index, or `read` raised it of a generation that is still the current one.
+    """
+    while True:
+        generation = current_generation(index)
+        try:
+            return read(generation)
+        except (IndexStoreError, FileNotFoundError):
+            if current_generation(index) == generation:
+                raise
+
+
 def status_of(index: Path) -> IndexStatus:
     """Look at an index.
 
     Raises:
         IndexStoreError: there is none, or it is broken.
     """
-    generation = current_generation(index)
+    return read_current(index, lambda generation: _status(index, generation))
+
+
+def _status(index: Path, generation: Generation) -> IndexStatus:
     with Catalog(generation.catalog) as catalog, catalog.snapshot():
         roots = tuple(
             RootStatus(root.path, root.path.is_dir(), len(catalog.file_stamps(root)), len(catalog.problem_stamps(root)))
@@ -85,9 +113,26 @@ def recorded_encoder(index: Path) -> Path | None:
     """The bundle that an index was made with, where that is not the workspace's own and still there."""
     if not has_index(index):
         return None
-    with Catalog(current_generation(index).catalog) as catalog, catalog.snapshot():
-        recorded = catalog.made_by().get("encoder")
+    recorded = read_current(index, _made_by).get("encoder")
     return Path(recorded) if recorded is not None and Path(recorded).exists() else None
+
+
+def _made_by(generation: Generation) -> dict[str, str]:
+    with Catalog(generation.catalog) as catalog, catalog.snapshot():
+        return catalog.made_by()
+
+
+def fingerprint_of(index: Path) -> str | None:
+    """Fingerprint of the encoder that made an index; None where there is none, or it cannot be read."""
+    try:
+        return read_current(index, _fingerprint)
+    except IndexStoreError:
+        return None
+
+
+def _fingerprint(generation: Generation) -> str:
+    with Catalog(generation.catalog) as catalog:
+        return catalog.fingerprint
 
 
 def verify(index: Path) -> list[str]:
@@ -95,12 +140,20 @@ def verify(index: Path) -> list[str]:
 
     The catalogue is checked by SQLite itself, with what one table says of another; every embedding that counts must
     be there, have the checksum it was stored with, and be of length 1; the approximation must be as it was written.
+    An index that is updated meanwhile is looked at as it was at the beginning.
 
     Raises:
         IndexStoreError: there is none, or too little of it to look at.
     """
-    generation = current_generation(index)
-    with Catalog(generation.catalog) as catalog, catalog.snapshot():
+    while True:
+        generation = current_generation(index)
+        wrong = read_current(index, _wrong)
+        if not wrong or current_generation(index) == generation:
+            return wrong  # else it was removed under our eyes
+
+
+def _wrong(generation: Generation) -> list[str]:
+    with Catalog(generation.catalog, private=True) as catalog, catalog.snapshot():
         wrong = [f"catalogue: {finding}" for finding in catalog.check()]
         if wrong:
             return wrong
@@ -113,9 +166,23 @@ def verify(index: Path) -> list[str]:
             listed = ", ".join(map(str, bad[:_LISTED])) + (", …" if len(bad) > _LISTED else "")
             files = sum(len(paths) for _, paths in catalog.files_of(bad).values())
             wrong.append(f"{len(bad)} embeddings are damaged (rows {listed}), {files} of them of files")
-        if damaged := damage(generation, tuning_of(catalog)):
-            wrong.append(damaged)
+    if damaged := _damage(generation):
+        wrong.append(damaged)
     return wrong
+
+
+def _damage(generation: Generation) -> str:
+    """What is wrong with the approximation; with the new one where an update builds another meanwhile."""
+    while True:
+        with Catalog(generation.catalog) as catalog, catalog.snapshot():
+            tuning = tuning_of(catalog)
+        try:
+            found = damage(generation, tuning)
+        except FileNotFoundError:
+            continue  # it went just now
+        with Catalog(generation.catalog) as catalog, catalog.snapshot():
+            if not found or tuning_of(catalog) == tuning:
+                return found
 
 
 def damaged_rows(vectors: npt.NDArray[np.float32], crc32s: Iterable[tuple[int, int]]) -> Iterator[int]:

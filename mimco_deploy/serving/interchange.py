@@ -27,6 +27,7 @@ from mimco_deploy.errors import IndexStoreError, MissingExtraError
 from mimco_deploy.images import Facts
 from mimco_deploy.serving.catalog import Catalog, NewContent, Root
 from mimco_deploy.serving.generations import (
+    Generation,
     begin_generation,
     check_encoder,
     current_generation,
@@ -34,6 +35,7 @@ from mimco_deploy.serving.generations import (
     switch_to,
     writer_lock,
 )
+from mimco_deploy.serving.inspect import read_current
 from mimco_deploy.serving.roots import record_roots
 from mimco_deploy.serving.scan import Stamp, readable
 from mimco_deploy.serving.tuning import keep_tuned_or_warn
@@ -83,7 +85,7 @@ Portion = tuple[list[Record], npt.NDArray[np.float32]]
 
 
 def export_index(index: Path, target: Path) -> int:
-    """Write all files of an index with their embeddings.
+    """Write all files of an index with their embeddings, as it is now: an update does not wait for the end.
 
     Args:
         index: the index folder.
@@ -93,12 +95,17 @@ def export_index(index: Path, target: Path) -> int:
         How many files were written.
 
     Raises:
-        IndexStoreError: there is no index, or the ending is another.
+        IndexStoreError: there is no index, the ending is another, or the target cannot be written.
         MissingExtraError: Parquet without pyarrow.
     """
     write = _format_of(target)[0]
-    generation = current_generation(index)
-    with Catalog(generation.catalog) as catalog, catalog.snapshot():
+    if not target.parent.is_dir():
+        raise IndexStoreError(f"no folder {readable(target.parent)}", expected="one that exists, to write into")
+    return read_current(index, lambda generation: _export(generation, target, write))
+
+
+def _export(generation: Generation, target: Path, write: Callable[..., None]) -> int:
+    with Catalog(generation.catalog, private=True) as catalog, catalog.snapshot():
         header = Header(FORMAT_VERSION, catalog.fingerprint, catalog.embedding_dim)
         vectors = read_vectors(generation.vectors, catalog.embedding_dim, catalog.row_count())
         count = catalog.counts().files
@@ -113,6 +120,11 @@ def export_index(index: Path, target: Path) -> int:
             for path, final in zip(temporary, finals, strict=True):
                 path.replace(final)
             sync_dir(target.parent)
+        except OSError as error:
+            raise IndexStoreError(
+                f"{readable(target)} cannot be written ({error.strerror or error})",
+                expected="room on the disk and the right to write",
+            ) from error
         finally:
             for path in temporary:
                 path.unlink(missing_ok=True)

@@ -20,6 +20,7 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ from mimco_deploy.serving.scan import readable
 
 FORMAT_VERSION = 1
 UNDO_FILE = "undo.jsonl"
+_EMPTY_SHA256 = hashlib.sha256().hexdigest()
 _HEADER = {"format_version": FORMAT_VERSION, "holds": "moves"}
 
 
@@ -80,7 +82,7 @@ def move_duplicates(index: Path, groups: Sequence[Group], folder: Path) -> Moves
         IndexStoreError: there is no index.
         MoveError: an update of the index would walk the folder, or its list cannot be written.
     """
-    folder = folder.resolve()
+    folder = Path(os.path.realpath(folder))  # unlike `resolve`, no error where links lead in circles
     _refuse_indexed(index, folder)
     result = Moves([], [])
     if not any(group.spare for group in groups):
@@ -116,7 +118,11 @@ def undo_moves(file: Path) -> Moves:
         MoveError: it is no such list.
     """
     result = Moves([], [])
+    treated: set[tuple[Path, Path]] = set()
     for move in reversed(_read(file)):
+        if (move.source, move.target) in treated:
+            continue  # it left, came back and left again: the last line says what it is
+        treated.add((move.source, move.target))
         try:
             reason = _undo(move)
         except OSError as error:
@@ -226,20 +232,27 @@ def _drop_empty(path: Path) -> None:
 def _undo(move: Move) -> str | None:
     """Move one file back. None where it came back, else why not; an empty reason where there is nothing to do."""
     there, back = os.path.lexists(move.target), os.path.lexists(move.source)
-    if there and back and move.target.lstat().st_size == 0 and not move.target.is_symlink():
+    if there and back and _is_empty(move.target):
         move.target.unlink()  # the name was taken, and then came the kill
         there = False
     if not there:
         return "" if back else "gone"
-    if back:
+    if back and not (_is_empty(move.source) and move.sha256 != _EMPTY_SHA256):
         return f"another file lies at {readable(move.source)}"
     if move.target.is_symlink() or _sha256(move.target) != move.sha256:
         return "changed since it was moved"
+    if back:
+        move.source.unlink()  # the name was taken for it to come back, and then came the kill
     try:
         _move(Move(move.target, move.source, move.sha256))
     except FileExistsError:
         return f"another file lies at {readable(move.source)}"
     return None
+
+
+def _is_empty(path: Path) -> bool:
+    status = path.lstat()
+    return stat.S_ISREG(status.st_mode) and status.st_size == 0
 
 
 def _sha256(path: Path) -> str:

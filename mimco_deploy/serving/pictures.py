@@ -18,7 +18,7 @@ import numpy.typing as npt
 from mimco_deploy.errors import ImageProblem
 from mimco_deploy.images import Facts
 from mimco_deploy.serving.catalog import Root
-from mimco_deploy.serving.guarded import NEVER_OPENED, DecodePool, RefusedError
+from mimco_deploy.serving.guarded import NEVER_OPENED, DecodePool, RefusedError, VanishedError
 from mimco_deploy.serving.scan import FileStat, Stamp
 
 MAX_PROCESSES = 16
@@ -117,6 +117,6 @@ def _read(job: Job, decoders: DecodePool, known: Set[bytes]) -> Outcome:
     except RefusedError as error:
         stamp = job.file.stamp if error.stamp == NEVER_OPENED else error.stamp
         return Refused(job, stamp, error.problem, error.found)
-    except FileNotFoundError:
+    except VanishedError:
         return Vanished(job)
     return Picture(job, content.stamp, content.sha256, content.pixels, content.facts)

@@ -99,6 +99,16 @@ def repair(index: Path) -> RewriteReport:
 
 
 def _rewrite(index: Path, old: Generation, keep: npt.NDArray[np.bool_]) -> RewriteReport:
+    try:
+        return _written_anew(index, old, keep)
+    except OSError as error:
+        raise IndexStoreError(
+            f"the index in {index} cannot be written ({error.strerror or error})",
+            expected="room on the disk and the right to write",
+        ) from error
+
+
+def _written_anew(index: Path, old: Generation, keep: npt.NDArray[np.bool_]) -> RewriteReport:
     new_rows = np.where(keep, np.cumsum(keep) - 1, -1)  # [N]
     before = _size(old)
     staged = stage_generation(index)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,7 +24,12 @@ def existing_folder(root: Path) -> Path:
     if not root.is_dir():
         found = "is a file" if root.exists() else "does not exist"
         raise IndexStoreError(f"{readable(root)} {found}", expected="a folder of pictures")
-    return root.resolve()
+    return _real(root)
+
+
+def _real(folder: Path) -> Path:
+    """Absolute, links resolved; where they lead in circles `Path.resolve` would raise."""
+    return Path(os.path.realpath(folder))
 
 
 def roots_to_keep(index: Path, *, may_be_broken: bool) -> list[Path]:
@@ -78,6 +84,35 @@ def _reaches(outer: Path, inner: Path) -> bool:
     return not any(part.startswith(".") for part in inner.relative_to(outer).parts)
 
 
+def split_move(index: Path, text: str) -> tuple[Path, Path]:
+    """The two folders of OLD=NEW, whose names may hold signs too: NEW is a folder and OLD known, if that can be.
+
+    Args:
+        index: the index folder.
+        text: with a sign that is neither its first nor its last letter.
+
+    Raises:
+        IndexStoreError: several are possible, and there is no index to tell by.
+    """
+    signs = [at for at, letter in enumerate(text) if letter == "=" and 0 < at < len(text) - 1]
+    splits = [(Path(text[:at]), Path(text[at + 1 :])) for at in signs]
+    if len(splits) > 1:
+        with Catalog(current_generation(index).catalog) as catalog, catalog.snapshot():
+            recorded = catalog.roots()
+        for old, new in splits:
+            if new.is_dir() and _start(recorded, old) is not None:
+                return old, new
+    return splits[0]
+
+
+def _start(recorded: Sequence[Root], old: Path) -> Path | None:
+    """What `old` means, absolute: what lies there now may be a link. None where no root lies in it."""
+    for one in (old.absolute(), _real(old)):
+        if any(root.path.is_relative_to(one) for root in recorded):
+            return one
+    return None
+
+
 def move_roots(index: Path, old: Path, new: Path) -> int:
     """Record that indexed folders lie elsewhere now: `old` itself, or all below it. Nothing is read or embedded again.
 
@@ -97,12 +132,11 @@ def move_roots(index: Path, old: Path, new: Path) -> int:
     target = existing_folder(new)
     with writer_lock(index), Catalog(current_generation(index).catalog) as catalog, catalog.transaction():
         recorded = catalog.roots()
-        starts = (old.absolute(), old.resolve())  # what lies there now may be a link to `new`
-        start = next((one for one in starts if any(root.path.is_relative_to(one) for root in recorded)), starts[0])
-        moving = [root for root in recorded if root.path.is_relative_to(start)]
-        if not moving:
+        start = _start(recorded, old)
+        if start is None:
             listed = ", ".join(readable(root.path) for root in recorded) or "none"
             raise IndexStoreError(f"no indexed folder lies in {readable(old)}", expected=f"one of: {listed}")
+        moving = [root for root in recorded if root.path.is_relative_to(start)]
         staying = [root.path for root in recorded if root not in moving]
         for root in moving:
             path = target / root.path.relative_to(start)
@@ -113,20 +147,23 @@ def move_roots(index: Path, old: Path, new: Path) -> int:
     return len(moving)
 
 
-def forget_root(index: Path, root: Path) -> int:
-    """Take an indexed folder out of the index, whether or not it still exists.
+def forget_roots(index: Path, roots: Sequence[Path]) -> int:
+    """Take indexed folders out of the index, whether or not they still exist: all of them or none.
 
     Returns:
         How many files were dropped.
 
     Raises:
-        IndexStoreError: no index, not an indexed folder, or another process is writing.
+        IndexStoreError: no index, one is not an indexed folder, or another process is writing.
     """
     current_generation(index)  # before the lock makes a folder where there is no index
     with writer_lock(index), Catalog(current_generation(index).catalog) as catalog, catalog.transaction():
-        recorded = {known.path: known for known in catalog.roots()}
-        found = recorded.get(root.resolve()) or recorded.get(root.absolute())
-        if found is None:
-            listed = ", ".join(readable(path) for path in recorded) or "none"
-            raise IndexStoreError(f"{readable(root)} is not an indexed folder", expected=f"one of: {listed}")
-        return catalog.remove_root(found)
+        recorded = {one.path: one for one in catalog.roots()}
+        found: set[Root] = set()
+        for root in roots:
+            known = recorded.get(_real(root)) or recorded.get(root.absolute())
+            if known is None:
+                listed = ", ".join(readable(path) for path in recorded) or "none"
+                raise IndexStoreError(f"{readable(root)} is not an indexed folder", expected=f"one of: {listed}")
+            found.add(known)
+        return sum(map(catalog.remove_root, found))

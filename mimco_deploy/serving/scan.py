@@ -9,6 +9,7 @@ Paths are relative to the root, with `/`. A name that is not valid UTF-8 keeps i
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,6 +20,8 @@ from typing import NamedTuple
 from mimco_deploy.images import IMAGE_SUFFIXES
 
 _FAR_NS = 2**63 - 1
+_GONE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}
+"""A file that went away during the walk, or a link that leads nowhere or in a circle."""
 
 
 class Stamp(NamedTuple):
@@ -53,6 +56,14 @@ class Unlisted(NamedTuple):
     path: str
     """Relative to the root; the root itself is empty."""
     reason: str
+    files_only: bool = False
+    """Nothing is known about the files in it, but the folders in it were looked at, each on its own."""
+
+    def hides(self, path: str) -> bool:
+        """Whether a file that the walk did not meet may be there all the same; its path is relative to the root."""
+        if self.path and not path.startswith(f"{self.path}/"):
+            return False
+        return not self.files_only or path.rpartition("/")[0] == self.path
 
 
 @dataclass(frozen=True)
@@ -74,7 +85,7 @@ class Changes:
     gone: list[str] = field(default_factory=list)
     same: list[str] = field(default_factory=list)
     kept: dict[Unlisted, int] = field(default_factory=dict)
-    """Known files below each folder that could not be listed: neither gone nor confirmed."""
+    """All folders that could not be read, with the number of known files below: neither gone nor confirmed."""
 
 
 def scan_root(root: Path) -> Scan:
@@ -101,7 +112,7 @@ def _walk(root: Path, unlisted: list[Unlisted]) -> Iterator[tuple[str, int, int]
         try:
             opened = os.open(root / folder, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:
-            unlisted.append(Unlisted(folder, error.strerror or type(error).__name__))
+            unlisted.append(_unlisted(folder, error))
             continue
         try:
             with os.scandir(opened) as entries:
@@ -114,14 +125,25 @@ def _walk(root: Path, unlisted: list[Unlisted]) -> Iterator[tuple[str, int, int]
                     elif name[name.rfind(".") :].lower() in IMAGE_SUFFIXES:
                         try:
                             status = entry.stat()
-                        except OSError:
-                            continue  # it went away during the walk, or is a link in a circle
+                        except OSError as error:
+                            _note_file(unlisted, folder, error)
+                            continue
                         if stat.S_ISREG(status.st_mode):
                             yield prefix + name, status.st_size, _cut(status.st_mtime_ns)
         except OSError as error:
-            unlisted.append(Unlisted(folder, error.strerror or type(error).__name__))
+            unlisted.append(_unlisted(folder, error))
         finally:
             os.close(opened)
+
+
+def _note_file(unlisted: list[Unlisted], folder: str, error: OSError) -> None:
+    """Note, once, a folder in which files cannot be looked at: one that may be listed but not entered has only such."""
+    if error.errno not in _GONE and (not unlisted or unlisted[-1].path != folder):
+        unlisted.append(_unlisted(folder, error, files_only=True))
+
+
+def _unlisted(folder: str, error: OSError, *, files_only: bool = False) -> Unlisted:
+    return Unlisted(folder, error.strerror or type(error).__name__, files_only)
 
 
 def compare(known: Mapping[str, tuple[int, int]], found: Scan) -> Changes:
@@ -142,17 +164,14 @@ def compare(known: Mapping[str, tuple[int, int]], found: Scan) -> Changes:
             changes.same.append(path)
         else:
             (changes.new if stamp is None else changes.changed).append(FileStat(path, Stamp(size, mtime_ns)))
+    changes.kept.update(dict.fromkeys(found.unlisted, 0))
     for path in sorted(missing):
-        hidden_by = next((folder for folder in found.unlisted if _is_below(path, folder.path)), None)
+        hidden_by = next((folder for folder in found.unlisted if folder.hides(path)), None)
         if hidden_by is None:
             changes.gone.append(path)
         else:
-            changes.kept[hidden_by] = changes.kept.get(hidden_by, 0) + 1
+            changes.kept[hidden_by] += 1
     return changes
-
-
-def _is_below(path: str, folder: str) -> bool:
-    return not folder or path.startswith(f"{folder}/")
 
 
 def readable(path: str | Path) -> str:

@@ -29,15 +29,17 @@ from mimco_deploy.serving.generations import (
     begin_generation,
     check_encoder,
     current_generation,
+    files_to_replace,
     has_index,
     sweep,
     switch_to,
+    take_over,
     writer_lock,
 )
 from mimco_deploy.serving.guarded import DecodePool, Limits
 from mimco_deploy.serving.pictures import Job, Outcome, Picture, Refused, Vanished, read_pictures
 from mimco_deploy.serving.roots import existing_folder, record_roots, roots_to_keep
-from mimco_deploy.serving.scan import Stamp, compare, scan_root
+from mimco_deploy.serving.scan import Stamp, Unlisted, compare, readable, scan_root
 from mimco_deploy.serving.tuning import keep_tuned_or_warn
 from mimco_deploy.serving.vectors import VectorWriter, crc32s
 
@@ -76,13 +78,13 @@ OnProgress = Callable[[Progress], None]
 
 @dataclass(frozen=True)
 class Unreachable:
-    """A folder that could not be listed. What the index holds of it was kept."""
+    """A folder that could not be read. What the index holds of it was kept."""
 
     path: Path
     """Absolute."""
     reason: str
     kept: int
-    """Files that stay listed although nobody could look at them."""
+    """Files that stay listed although nobody could look at them; 0 where the index holds none of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +144,8 @@ def update_index(
         What was done.
 
     Raises:
-        IndexStoreError: a folder does not exist, nothing to index, another process is writing, the disk is full.
+        IndexStoreError: a folder does not exist, nothing to index, another process is writing, the disk is full, or a
+            rebuild would lose files in a folder that cannot be read.
         EncoderMismatchError: the index was made by another encoder.
     """
     folders = [existing_folder(root) for root in roots]
@@ -154,27 +157,19 @@ def update_index(
         generation = _generation_to_fill(index, encoder, rebuild)
         with Catalog(generation.catalog) as catalog:
             check_encoder(index, catalog.fingerprint, encoder.spec.fingerprint)
+            if rebuild:
+                take_over(index, catalog, folders)
             with catalog.snapshot():
                 count = catalog.row_count()
             with VectorWriter(generation.vectors, catalog.embedding_dim, count) as vectors:
                 update = _Update(catalog, vectors, encoder, batch_size, on_progress or (lambda _: None))
-                update.retry_problems, update.limits = retry_problems, limits
+                update.retry_problems, update.limits, update.encoder_path = retry_problems, limits, encoder_path
+                update.replaces = index if rebuild else None
                 report = update.run(folders, everything=rebuild or not folders)
-            if report.embedded:
-                _sign(catalog, encoder, encoder_path)
             keep_tuned_or_warn(generation, catalog, on_build=lambda: update.tell("tuning"))
         if rebuild:
             switch_to(index, generation)
     return report
-
-
-def _sign(catalog: Catalog, encoder: Encoder, path: Path | None) -> None:
-    made_by = {"provider": encoder.provider, "precision": encoder.precision}
-    if path is not None:
-        made_by["encoder"] = str(path.absolute())
-    if made_by != catalog.made_by():
-        with catalog.transaction():
-            catalog.set_setting(MADE_BY, json.dumps(made_by))
 
 
 def _generation_to_fill(index: Path, encoder: Encoder, rebuild: bool) -> Generation:
@@ -207,8 +202,11 @@ class _Update:
         self._on_progress = on_progress
         self.retry_problems = False
         self.limits: Limits | None = None
+        self.encoder_path: Path | None = None
+        self.replaces: Path | None = None
         self._added = self._changed = self._removed = self._unchanged = self._embedded = 0
         self._unreachable: list[Unreachable] = []
+        self._unlisted: list[tuple[Root, Unlisted]] = []
         self._progress = Progress(0, 0, 0.0, 0.0)
         self._told_at, self._waited_s = time.perf_counter(), 0.0
 
@@ -217,6 +215,8 @@ class _Update:
             touched = record_roots(self._catalog, folders)
             roots = self._catalog.roots() if everything else touched
         jobs = [job for root in roots for job in self._compare(root)]
+        if self.replaces is not None and self._unlisted:
+            self._refuse_to_lose(self.replaces, jobs)
         self._read_and_commit(jobs)
         with self._catalog.snapshot():
             problems, counts = tuple(self._catalog.problems()), self._catalog.counts()
@@ -242,11 +242,32 @@ class _Update:
         changes = compare(listed | tried, scan_root(root.path))
         for folder, kept in changes.kept.items():
             self._unreachable.append(Unreachable(root.path / folder.path, folder.reason, kept))
+            self._unlisted.append((root, folder))
         if changes.gone:
             with self._catalog.transaction():
                 self._removed += self._catalog.drop(root, changes.gone)
         self._unchanged += sum(map(listed.__contains__, changes.same))
         return [Job(root, file, file.path in listed) for file in sorted(changes.new + changes.changed)]
+
+    def _refuse_to_lose(self, index: Path, jobs: Sequence[Job]) -> None:
+        """Before hours of embedding: what is not whole cannot take the place of the old index.
+
+        Raises:
+            IndexStoreError: that holds files which the walks could not look at.
+        """
+        with self._catalog.snapshot():
+            held = {*self._catalog.files(), *(problem.path for problem in self._catalog.problems())}
+        held.update(job.root.path / job.file.path for job in jobs)
+        missed = [path for path in files_to_replace(index) if path not in held]
+        for root, folder in self._unlisted:
+            below = (str(path.relative_to(root.path)) for path in missed if path.is_relative_to(root.path))
+            if lost := sum(map(folder.hides, below)):
+                where = readable(root.path / folder.path)
+                raise IndexStoreError(
+                    f"{where} cannot be read ({folder.reason}), and a rebuild would lose its {lost} files",
+                    expected="all indexed folders to be readable",
+                    command="mimco index reindex",
+                )
 
     def _read_and_commit(self, jobs: Sequence[Job]) -> None:
         if not jobs:
@@ -290,9 +311,18 @@ class _Update:
         first_row = self._vectors.append(np.concatenate(batch.embeddings)) if batch.embeddings else self._vectors.count
         with self._catalog.transaction():
             self._catalog.add_contents(first_row, batch.contents)
+            if batch.contents:
+                self._sign()
             for outcome in batch.outcomes:
                 self._record(outcome)
         self._embedded += len(batch.contents)
+
+    def _sign(self) -> None:
+        """With the first embeddings, so that a run that is killed leaves none of which nobody knows the encoder."""
+        made_by = {"provider": self._encoder.provider, "precision": self._encoder.precision}
+        if self.encoder_path is not None:
+            made_by["encoder"] = str(self.encoder_path.absolute())
+        self._catalog.set_setting(MADE_BY, json.dumps(made_by))
 
     def _record(self, outcome: Outcome) -> None:
         job = outcome.job

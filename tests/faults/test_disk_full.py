@@ -85,3 +85,32 @@ def test_a_limit_on_the_size_of_files_leaves_what_was_committed(tmp_path: Path, 
     index = ImageIndex.open(tmp_path / "index")
     assert index.files() == paths
     assert [search_image(index, encoder, path, 1)[0].path for path in paths[::29]] == paths[::29]
+
+
+COMMAND = """
+import resource, sys
+from mimco_deploy.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize("words", [("export", "out.npy"), ("export", "out.parquet"), ("compact",), ("repair",)])
+@pytest.mark.parametrize("limit_bytes", [10, 5_000])
+def test_what_writes_an_index_anew_ends_with_one_line(tmp_path: Path, words: tuple[str, ...], limit_bytes: int) -> None:
+    paths = gallery(tmp_path / "photos", 200)
+    update_index(tmp_path / "index", [tmp_path / "photos"], CountingEncoder())
+    run = subprocess.run(
+        [sys.executable, "-c", COMMAND, str(limit_bytes), "--workspace", str(tmp_path), "index", *words],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (run.returncode, run.stdout) == (1, "")
+    assert (run.stderr.count("\n"), run.stderr[:7]) == (1, "Error: ")
+    assert "expected room on the disk" in run.stderr
+    assert ".tmp" not in run.stderr
+    assert ImageIndex.open(tmp_path / "index").files() == paths
+    assert {path.name for path in tmp_path.iterdir()} == {"photos", "index"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import subprocess
 import sys
@@ -177,6 +178,35 @@ def test_an_error_of_the_user_is_one_line_without_traceback(
     result = mimco(tmp_path, "index")
     refused(result)
     assert result.stderr == f"Error: {error}\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (OSError(13, "Permission denied", "a.jpg"), "a.jpg: Permission denied"),
+        (OSError("what a library says"), "what a library says"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line(
+    error: OSError, line: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("mimco_deploy.cli.find_workspace", fail)
+    result = mimco(tmp_path, "index")
+    refused(result)
+    assert result.stderr == f"Error: {line}\n"
+
+
+def test_a_pipe_that_is_closed_ends_quietly(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(_: object) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr("mimco_deploy.cli.find_workspace", fail)
+    result = mimco(tmp_path, "index")
+    assert (result.exit_code, result.output) == (1, "")
 
 
 def test_a_defect_of_mimco_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

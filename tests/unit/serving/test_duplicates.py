@@ -395,6 +395,57 @@ def test_a_kill_at_any_moment_can_be_undone(
     assert twice.tree() == before
 
 
+@pytest.mark.parametrize("which", range(3))
+def test_a_kill_while_undoing_can_be_undone(twice: Place, monkeypatch: pytest.MonkeyPatch, which: int) -> None:
+    before = twice.tree()
+    twice.move()
+    real, done = Path.rename, 0
+
+    def rename(path: Path, target: Path) -> Path:
+        nonlocal done
+        if done == which:
+            raise Killed  # the name is taken
+        done += 1
+        return real(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(Killed):
+        undo_moves(twice.out / UNDO_FILE)
+    monkeypatch.undo()
+    undone = undo_moves(twice.out / UNDO_FILE)
+    assert (len(undone.moved), undone.skipped) == (3 - which, [])
+    assert twice.tree() == before
+
+
+def test_an_empty_file_at_the_old_place_goes_only_for_the_picture_that_was_there(twice: Place) -> None:
+    before = twice.tree()
+    twice.move()
+    left, away = twice.photos / "deep/a copy.png", twice.out / "deep/a copy.png"
+    left.touch()
+    save(away, 70)
+    undone = undo_moves(twice.out / UNDO_FILE)
+    assert [skipped.reason for skipped in undone.skipped] == ["changed since it was moved"]
+    assert left.stat().st_size == 0
+    shutil.copy(twice.photos / "deep/er/another.png", away)
+    assert len(undo_moves(twice.out / UNDO_FILE).moved) == 1
+    assert twice.tree() == before
+
+
+def test_a_file_that_stays_is_named_once_however_often_it_left(twice: Place) -> None:
+    for _ in range(3):
+        assert len(twice.move().moved) == 3
+        undo_moves(twice.out / UNDO_FILE)
+    twice.move()
+    save(twice.photos / "deep/0001.png", 70)
+    (twice.out / "deep/a copy.png").unlink()
+    undone = undo_moves(twice.out / UNDO_FILE)
+    assert {skipped.path.name: skipped.reason.split(" at ")[0] for skipped in undone.skipped} == {
+        "0001.png": "another file lies",
+        "a copy.png": "gone",
+    }
+    assert (len(undone.moved), len(undone.skipped)) == (1, 2)
+
+
 def test_a_line_is_on_the_disk_before_its_file_moves(twice: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     real = moves._move
 

@@ -257,7 +257,7 @@ def test_a_file_that_hangs_costs_one_file(notes: Notes, tmp_path: Path) -> None:
         assert is_good(pool, good)
         found = refused(pool, bad)
         assert is_good(pool, good)
-    assert (found.problem, found.stamp) == ("timeout", stamp_of(bad))
+    assert (found.problem, found.stamp) == ("timeout", NEVER_OPENED)
     assert str(found) == f"{bad} took more than 0.5 s to decode"
     assert notes.decoded("HANG!") == 2, "one death proves nothing"
     assert len(notes.started()) == 3
@@ -287,7 +287,7 @@ def test_a_file_that_brings_its_decoder_down_costs_one_file(
     with DecodePool(tiny_spec()) as pool:
         found = refused(pool, bad)
         assert is_good(pool, good)
-    assert (found.problem, found.stamp) == ("crashed", stamp_of(bad))
+    assert (found.problem, found.stamp) == ("crashed", NEVER_OPENED)
     assert str(found) == f"{tmp_path}/b\ufffdd.png brought its decoder down ({how})"
     assert notes.decoded(content.decode()) == 2, "something else may have killed the first"
     assert len(notes.started()) == 3

@@ -17,7 +17,7 @@ from mimco_deploy.serving.encoders import load_encoder
 from mimco_deploy.serving.guarded import NEVER_OPENED, DecodePool, RefusedError
 from mimco_deploy.serving.index import Hit, ImageIndex
 from mimco_deploy.serving.query import search_image
-from mimco_deploy.serving.roots import forget_root
+from mimco_deploy.serving.roots import forget_roots
 from mimco_deploy.serving.scan import Scan, scan_root
 from mimco_deploy.serving.update import Progress, UpdateReport, update_index
 from tests.helpers import CountingEncoder, Embeddings, Images, gallery, save, tiny_bundle
@@ -440,10 +440,10 @@ def test_a_forgotten_folder_is_gone_whether_or_not_it_exists(place: Place, tmp_p
     other = save(tmp_path / "other" / "a.png", 9)
     place.update(place.photos, other.parent)
     shutil.rmtree(place.photos)
-    assert forget_root(place.index, place.photos) == 3
+    assert forget_roots(place.index, [place.photos]) == 3
     assert place.files() == [other]
     with pytest.raises(IndexStoreError, match=r"is not an indexed folder; expected one of: .*other"):
-        forget_root(place.index, place.photos)
+        forget_roots(place.index, [place.photos])
 
 
 @pytest.mark.parametrize("name", ["nowhere", "file.png"])

@@ -15,7 +15,7 @@ from mimco_deploy.errors import IndexStoreError
 from mimco_deploy.serving.generations import Generation, current_generation
 from mimco_deploy.serving.inspect import RootStatus, status_of, verify
 from mimco_deploy.serving.update import update_index
-from tests.helpers import DIM, CountingEncoder, gallery
+from tests.helpers import DIM, CountingEncoder, gallery, tiny_bundle
 
 
 @pytest.fixture
@@ -105,6 +105,19 @@ def test_the_commands_answer(workspace: Path, tmp_path: Path, generation: Genera
     damaged = run(workspace, "verify")
     assert damaged.exit_code == 1
     assert "run: mimco index repair" in damaged.output
+
+
+def test_a_rebuild_tells_of_another_encoder(workspace: Path, tmp_path: Path) -> None:
+    tiny_bundle(workspace / "encoder")
+    other = tiny_bundle(tmp_path / "other", seed=1, fingerprint="0" * 64)
+    line = f"embedded by another encoder than before: 000000000000 of {other}, not ffffffffffff\n"
+    assert line not in run(workspace, "reindex").stderr
+    assert run(workspace, "reindex", "--encoder", str(other)).stderr.endswith(line)
+    back = run(workspace, "reindex").stderr  # the index's own is not asked
+    assert f"before: ffffffffffff of {workspace / 'encoder'}, not 000000000000\n" in back
+    text = " ".join(run(workspace, "reindex", "--help").output.split())
+    assert "[default: the workspace's, else mimco's]" in text
+    assert "index's, else" not in text
 
 
 @pytest.mark.parametrize("command", ["status", "problems", "verify"])

@@ -355,9 +355,16 @@ def test_an_export_that_fails_leaves_the_old_one(
         return (next(yielded) if number == 0 else 1 // 0 for number in range(2))
 
     monkeypatch.setattr(interchange, step, fail)
-    with pytest.raises((OSError, ZeroDivisionError)):
+    with pytest.raises((IndexStoreError, ZeroDivisionError)):
         export_index(place.index, target)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@both_formats
+def test_a_folder_that_is_not_there_is_named_as_it_was_given(place: Place, tmp_path: Path, ending: str) -> None:
+    with pytest.raises(IndexStoreError) as refused:
+        export_index(place.index, tmp_path / f"nowhere/out{ending}")
+    assert str(refused.value) == f"no folder {tmp_path}/nowhere; expected one that exists, to write into"
 
 
 @both_formats

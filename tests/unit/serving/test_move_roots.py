@@ -1,19 +1,21 @@
-"""Folders that lie elsewhere now: nothing is read or embedded again."""
+"""Folders that lie elsewhere now: nothing is read or embedded again. Folders that are forgotten."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner, Result
 
+from mimco_deploy.cli import main
 from mimco_deploy.errors import IndexStoreError
 from mimco_deploy.serving.generations import writer_lock
 from mimco_deploy.serving.guarded import DecodePool
 from mimco_deploy.serving.index import ImageIndex
 from mimco_deploy.serving.query import search_image
-from mimco_deploy.serving.roots import move_roots
+from mimco_deploy.serving.roots import move_roots, split_move
 from mimco_deploy.serving.update import UpdateReport, update_index
-from tests.helpers import CountingEncoder, gallery, save
+from tests.helpers import CountingEncoder, gallery, save, tiny_bundle
 
 
 class Place:
@@ -30,6 +32,9 @@ class Place:
         gallery(folder / "other", 2, first=20)
         self.roots = [self.old / "2023", self.old / "2024", folder / "other"]
         update_index(self.index, self.roots, CountingEncoder())
+
+    def mimco(self, *arguments: str | Path) -> Result:
+        return CliRunner().invoke(main, ["--workspace", str(self.folder), "index", *map(str, arguments)])
 
     def opened(self) -> ImageIndex:
         return ImageIndex.open(self.index)
@@ -190,3 +195,46 @@ def test_a_reader_that_is_open_follows(place: Place) -> None:
     (place.folder / "new").mkdir()
     move_roots(place.index, place.old, place.folder / "new")
     assert place.folder / "new" / "2024" / "0010.png" in opened.files()
+
+
+@pytest.mark.parametrize("name", ["2024=b", "=2024", "a=b=c"])
+@pytest.mark.parametrize("new", ["new", "new=disk"])
+def test_names_may_hold_the_sign(place: Place, name: str, new: str) -> None:
+    named, there = place.folder / name, place.folder / new
+    gallery(named, 2, first=70)
+    update_index(place.index, [named], CountingEncoder())
+    named.rename(there)
+    assert split_move(place.index, f"{named}={there}") == (named, there)
+    tiny_bundle(place.folder / "encoder")
+    assert place.mimco("--root", f"{named}={there}").exit_code == 0
+    assert there in place.opened().roots()
+    assert named not in place.opened().roots()
+
+
+def test_where_no_split_fits_the_first_sign_splits(place: Place) -> None:
+    assert split_move(place.index, "a=b=c") == (Path("a"), Path("b=c"))
+    for text in ("ab", "=b", "a=", "="):
+        assert place.mimco("--root", text).exit_code == 2
+
+
+def test_of_folders_that_are_forgotten_together_all_or_none_are(place: Place) -> None:
+    unknown = place.mimco("forget", place.old / "2023", place.folder / "othr")
+    assert unknown.exit_code == 1
+    assert f"{place.folder}/othr is not an indexed folder; expected one of: " in unknown.output
+    assert place.opened().roots() == sorted(place.roots)
+    done = place.mimco("forget", place.old / "2024", place.folder / "other", place.folder / "other")
+    assert done.output == "5 pictures dropped from the index\n"
+    assert place.opened().roots() == [place.old / "2023"]
+
+
+@pytest.mark.parametrize("command", [("forget", "loop"), ("--root", "loop=new"), ("--root", "disk=loop")])
+def test_links_in_a_circle_are_one_line(
+    place: Place, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(place.folder)
+    Path("loop").symlink_to("loop")
+    Path("new").mkdir()
+    tiny_bundle(place.folder / "encoder")
+    done = place.mimco(*command)
+    assert (done.exit_code, done.output.count("\n")) == (1, 1)
+    assert "loop" in done.output

@@ -312,6 +312,6 @@ def test_a_reader_that_opens_while_a_rebuild_ends_reads_the_new_one(
             grow(tmp_path, CountingEncoder(), tmp_path / "a")
         return found
 
-    monkeypatch.setattr("mimco_deploy.serving.index.current_generation", slow)
+    monkeypatch.setattr("mimco_deploy.serving.inspect.current_generation", slow)
     assert ImageIndex.open(tmp_path / "index").files() == paths
     assert calls[:2] == [1, 2]

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -74,6 +78,47 @@ def test_a_folder_that_cannot_be_listed_is_reported(tmp_path: Path, monkeypatch:
     assert scan.unlisted == [Unlisted("closed", "Permission denied")]
 
 
+class Closed:
+    """Lists folders as the system does, but no file in the closed one can be looked at."""
+
+    def __init__(self, folder: Path, code: int) -> None:
+        self._folder, self._code = folder.stat(), code
+        self._real = os.scandir
+
+    def __call__(self, opened: int) -> Any:
+        listing = self._real(opened)
+        if not os.path.samestat(os.fstat(opened), self._folder):
+            return listing
+        with listing:
+            entries = [SimpleNamespace(name=one.name, is_dir=one.is_dir, stat=self._fail) for one in listing]
+        return contextlib.nullcontext(iter(entries))
+
+    def _fail(self) -> os.stat_result:
+        raise OSError(self._code, os.strerror(self._code))
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.ESTALE])
+def test_a_folder_that_can_be_listed_but_not_entered_is_reported_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    for name in ("open.png", "closed/a.png", "closed/b.png", "closed/below/c.png"):
+        save(tmp_path / name, 0)
+    monkeypatch.setattr(os, "scandir", Closed(tmp_path / "closed", code))
+    scan = scan_root(tmp_path)
+    assert paths(scan) == ["closed/below/c.png", "open.png"]
+    assert scan.unlisted == [Unlisted("closed", os.strerror(code), files_only=True)]
+
+
+@pytest.mark.parametrize("code", [errno.ENOENT, errno.ENOTDIR, errno.ELOOP])
+def test_a_file_that_goes_away_during_the_walk_is_no_closed_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    save(tmp_path / "closed" / "a.png", 0)
+    monkeypatch.setattr(os, "scandir", Closed(tmp_path / "closed", code))
+    scan = scan_root(tmp_path)
+    assert (paths(scan), scan.unlisted) == ([], [])
+
+
 def test_a_root_that_is_away_is_unlisted_as_a_whole(tmp_path: Path) -> None:
     scan = scan_root(tmp_path / "unplugged")
     assert paths(scan) == []
@@ -102,3 +147,16 @@ def test_files_below_an_unlisted_folder_are_kept_and_counted() -> None:
     changes = compare({"shut/a.png": stamp, "shut/b/c.png": stamp, "shutter.png": stamp}, Scan([], [closed]))
     assert changes.gone == ["shutter.png"]
     assert changes.kept == {closed: 2}
+
+
+@pytest.mark.parametrize("path", ["", "shut"])
+def test_a_folder_that_cannot_be_entered_hides_no_file_of_a_folder_in_it(path: str) -> None:
+    folder, known = Unlisted(path, "Permission denied", files_only=True), ("a.png", "b/c.png")
+    names = [f"{path}/{name}" if path else name for name in known]
+    changes = compare(dict.fromkeys(names, Stamp(1, 1)), Scan([], [folder]))
+    assert (changes.kept, changes.gone) == ({folder: 1}, names[1:])
+
+
+def test_a_folder_that_cannot_be_read_and_of_which_nothing_is_known_is_told_too() -> None:
+    closed = Unlisted("shut", "Permission denied")
+    assert compare({}, Scan([], [closed])).kept == {closed: 0}

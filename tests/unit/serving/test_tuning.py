@@ -21,7 +21,7 @@ from mimco_deploy.serving.generations import current_generation, writer_lock
 from mimco_deploy.serving.index import Hit, ImageIndex
 from mimco_deploy.serving.inspect import status_of, verify
 from mimco_deploy.serving.interchange import import_index
-from mimco_deploy.serving.roots import forget_root
+from mimco_deploy.serving.roots import forget_roots
 from mimco_deploy.serving.tuning import EXACT, Budget, Tuning, budget_of, plan, tune_index, tuning_of
 from mimco_deploy.serving.update import update_index
 from tests.helpers import DIM, CountingEncoder, gallery, noise
@@ -292,7 +292,7 @@ def test_files_that_were_forgotten_are_no_hits(tmp_path: Path, memory_mib: int) 
     tune_index(index, budget)
     opened = ImageIndex.open(index)
     assert any(row >= 2000 for hits in opened.search_many(vectors[:50], 10) for row in rows_of(hits))
-    assert forget_root(index, Path("/others")) == 1000
+    assert forget_roots(index, [Path("/others")]) == 1000
     assert tuning(index).file != "", "it is still there"
     dead = np.arange(2000, COUNT)
     for hits in opened.search_many(vectors[-50:], 10):
@@ -367,7 +367,7 @@ def test_rows_that_come_later_and_go_are_no_hits(index: Path) -> None:
     tune_index(index, SOON)
     more = clustered(40, 1)
     take_in(index, more, first=COUNT, root="/others")
-    forget_root(index, Path("/others"))
+    forget_roots(index, [Path("/others")])
     found = ImageIndex.open(index).search_many(more, 10)
     assert max(row for hits in found for row in rows_of(hits)) < COUNT
     assert all(len(hits) == 10 for hits in found)

@@ -1,0 +1,93 @@
+"""What a rebuild that was cut short has in common with the index that it replaces, and what a killed run leaves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mimco_deploy.serving import update
+from mimco_deploy.serving.index import ImageIndex
+from mimco_deploy.serving.inspect import recorded_encoder, status_of
+from mimco_deploy.serving.roots import forget_roots, move_roots
+from mimco_deploy.serving.tuning import Budget, tune_index
+from mimco_deploy.serving.update import update_index
+from tests.helpers import CountingEncoder, Embeddings, Images, gallery, tiny_bundle
+
+OTHER = "0" * 64
+
+
+class Killed(BaseException):
+    """Stands for a process that ends here."""
+
+
+class FailingEncoder(CountingEncoder):
+    """Ends the run at its second batch."""
+
+    def embed(self, images: Images) -> Embeddings:
+        if self.batches:
+            raise Killed
+        return super().embed(images)
+
+
+@pytest.fixture(autouse=True)
+def every_batch_is_committed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(update, "COMMIT_EVERY_S", 0.0)
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> Path:
+    """An index of the folders a and b, four pictures each, of whose rebuild those of a are done."""
+    gallery(tmp_path / "a", 4)
+    gallery(tmp_path / "b", 4, first=10)
+    update_index(tmp_path / "index", [tmp_path / "a", tmp_path / "b"], CountingEncoder())
+    with pytest.raises(Killed):
+        update_index(tmp_path / "index", [], FailingEncoder(1, OTHER), batch_size=4, rebuild=True)
+    return tmp_path / "index"
+
+
+def test_a_folder_that_was_forgotten_meanwhile_does_not_come_back(index: Path) -> None:
+    folder = index.parent
+    forget_roots(index, [folder / "a"])
+    report = update_index(index, [], CountingEncoder(1, OTHER), rebuild=True)
+    assert ImageIndex.open(index).roots() == [folder / "b"]
+    assert (report.counts.files, report.counts.dead, report.embedded) == (4, 4, 4)
+
+
+def test_a_folder_that_moved_meanwhile_is_there_once_and_is_not_embedded_again(index: Path) -> None:
+    folder = index.parent
+    (folder / "a").rename(folder / "moved")
+    move_roots(index, folder / "a", folder / "moved")
+    report = update_index(index, [], CountingEncoder(1, OTHER), rebuild=True)
+    assert ImageIndex.open(index).roots() == [folder / "b", folder / "moved"]
+    assert (report.counts.files, report.counts.dead, report.embedded) == (8, 0, 4)
+
+
+def test_a_folder_that_is_given_again_is_not_taken_out(index: Path) -> None:
+    folder = index.parent
+    forget_roots(index, [folder / "a"])
+    report = update_index(index, [folder / "a"], CountingEncoder(1, OTHER), rebuild=True)
+    assert (report.unchanged, report.counts.files, report.embedded) == (4, 8, 4)
+
+
+def test_a_rebuild_keeps_the_budget(index: Path) -> None:
+    budget = Budget(latency_ms=7, recall=0.5)
+    tune_index(index, budget)
+    update_index(index, [], CountingEncoder(1, OTHER), rebuild=True)
+    assert (status_of(index).generation, status_of(index).budget) == (2, budget)
+
+
+def test_a_rebuild_of_an_index_that_cannot_be_read_goes_on_with_all_that_it_has(index: Path) -> None:
+    (index / "000001" / "catalog.sqlite").write_bytes(b"no catalogue")
+    report = update_index(index, [index.parent / "b"], CountingEncoder(1, OTHER), rebuild=True)
+    assert (report.unchanged, report.counts.files, report.embedded) == (4, 8, 4)
+
+
+def test_a_first_run_that_was_killed_says_what_embedded_it(tmp_path: Path) -> None:
+    gallery(tmp_path / "photos", 8)
+    bundle = tiny_bundle(tmp_path / "encoder")
+    with pytest.raises(Killed):
+        update_index(tmp_path / "index", [tmp_path / "photos"], FailingEncoder(), batch_size=4, encoder_path=bundle)
+    assert status_of(tmp_path / "index").counts.files == 4
+    assert status_of(tmp_path / "index").made_by["provider"] == "NumPy"
+    assert recorded_encoder(tmp_path / "index") == bundle
