@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mimco_deploy.workspace import Workspace
 
-NAME = "mimco-vit-micro-32"
+NAME = "mimco-vit-tiny-64"
 SHIPPED_ENCODER = Path(__file__).parent / "encoders" / NAME
 
 

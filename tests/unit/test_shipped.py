@@ -97,4 +97,4 @@ def test_it_tells_kinds_of_pictures_apart() -> None:
     cosines = (found := encoder.embed(rows)) @ found.T
     np.fill_diagonal(cosines, -1)
     right = (labels[cosines.argmax(axis=1)] == labels).mean()
-    assert right > 0.25  # 0.08 by chance, 0.17 by the same network with random weights, 0.32 by this one
+    assert right > 0.45  # 0.08 by chance, 0.14 by the same network with random weights, 0.58 by this one
