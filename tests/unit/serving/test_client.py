@@ -124,7 +124,8 @@ def test_weights_crops_and_conditions_are_sent(client: Client, workspace: Path, 
     both.save(content, "PNG")
     assert names(client.search(content.getvalue(), crop=(0.5, 0, 0.5, 1), k=1)) == ["0009.png"]
     assert sorted(names(client.search(seven, where="name < '0003.png'"))) == ["0000.png", "0001.png", "0002.png"]
-    assert client.search(seven, root=workspace / "encoder").hits == []
+    with pytest.raises(ServiceError, match="holds no indexed picture"):
+        client.search(seven, root=workspace / "encoder")
     assert len(client.search(seven, root=workspace / "photos", k=COUNT * 2).hits) == COUNT + 1
     every = client.search(seven, k=COUNT).hits
     assert client.search(seven, k=COUNT, min_score=every[4].score - 1e-9).hits == every[:5]
@@ -232,8 +233,10 @@ def test_pictures_come_in_pages(client: Client, workspace: Path) -> None:
     assert len(set(listed)) == COUNT + 1
     (page,) = client.pictures("name = 'copy.png'", workspace / "photos")
     assert [Path(picture.paths[0]).name for picture in page.pictures] == ["copy.png"]
-    (nothing,) = client.pictures(root=workspace / "encoder")
+    (nothing,) = client.pictures("1 = 0")
     assert (nothing.pictures, nothing.next) == ([], None)
+    with pytest.raises(ServiceError, match="holds no indexed picture"):
+        next(client.pictures(root=workspace / "encoder"))
     with pytest.raises(ServiceError):
         next(client.pictures("colour = 'red'"))
 

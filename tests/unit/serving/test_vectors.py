@@ -46,7 +46,7 @@ def test_reading_maps_the_file_read_only(store: Path) -> None:
     with VectorWriter(store, DIM, 0) as writer:
         writer.append(rows(3))
     mapped = read_vectors(store, DIM, 2)
-    assert isinstance(mapped, np.memmap)
+    assert isinstance(mapped.base, np.memmap)
     assert mapped.shape == (2, DIM)
     assert not mapped.flags.writeable
     assert read_vectors(store, DIM, 0).shape == (0, DIM)
