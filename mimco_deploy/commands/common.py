@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 Folder = click.Path(path_type=Path, file_okay=False)
 AnyPath = click.Path(path_type=Path)
-_PICTURES = {".jpg", ".jpeg", ".png", ".gif", ".webp", ".avif", ".heic", ".bmp", ".tif", ".tiff"}
 IS_MAIN_PROCESS = os.environ.get("RANK", "0") == "0"
 """False in the processes that torchrun starts beside the first."""
 
@@ -45,7 +44,9 @@ class FiniteRange(click.FloatRange):
 
 def new_page(context: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
     """Callback of an option that names a page to write: a picture is not meant to be written over."""
-    if value is not None and value.suffix.lower() in _PICTURES:
+    from mimco_deploy.images import IMAGE_SUFFIXES
+
+    if value is not None and value.suffix.lower() in IMAGE_SUFFIXES:
         raise click.BadParameter(
             f"{value} has the name of a picture; expected one such as out.html", context, parameter
         )
@@ -54,8 +55,9 @@ def new_page(context: click.Context, parameter: click.Parameter, value: Path | N
 
 def printable(path: Path) -> str:
     """A path as text for a terminal: what is no text, and what would steer the terminal, becomes `�`."""
-    text = os.fsencode(path).decode("utf-8", "replace")
-    return "".join(letter if letter.isprintable() else "�" for letter in text)
+    from mimco_deploy.serving.scan import readable
+
+    return "".join(letter if letter.isprintable() else "�" for letter in readable(path))
 
 
 class Group(click.Group):

@@ -163,17 +163,17 @@ def search(
     watch = Stopwatch()
     show = _printer(as_json, as_jsonl, print0)
     copies = None if copy_to is None else _Copies(copy_to)
-    answers = []
+    all_failed, found_any = True, False
     for answer in _answers(workspace, queries, sheet, watch, **options):
-        answers.append(answer)
+        all_failed, found_any = all_failed and answer.error is not None, found_any or bool(answer.hits)
         show(answer, watch.laps_ms if timings else {})
         if copies is not None:
             copies.take(answer.hits)
     if timings and not as_json:
         click.echo("ms: " + ", ".join(f"{name} {ms:.1f}" for name, ms in watch.laps_ms.items()), err=True)
-    if all(answer.error is not None for answer in answers) or (copies is not None and copies.failed):
+    if all_failed or (copies is not None and copies.failed):
         context.exit(1)
-    if not any(answer.hits for answer in answers):
+    if not found_any:
         context.exit(NOTHING_FOUND)
 
 
@@ -300,7 +300,11 @@ class _Copies:
             target = self._place(rank, hit.path)
             try:
                 with hit.path.open("rb") as source, target.open("xb") as copy:
-                    shutil.copyfileobj(source, copy)
+                    try:
+                        shutil.copyfileobj(source, copy)
+                    except OSError:
+                        target.unlink()  # a part would be kept for whole the next time
+                        raise
                 shutil.copystat(hit.path, target)
             except FileExistsError:  # also a link that leads nowhere
                 click.echo(f"{printable(target)} exists and is kept", err=True)

@@ -167,29 +167,18 @@ def test_a_query_that_is_no_picture_is_refused(tmp_path: Path) -> None:
     refused(mimco(tmp_path, "search", tmp_path / "gone.jpg"), "gone.jpg does not exist")
 
 
-@pytest.mark.parametrize("error", [WorkspaceError("found", expected="wanted", command="do"), ImageError("empty", "x")])
-def test_an_error_of_the_user_is_one_line_without_traceback(
-    error: Exception, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    def fail(_: object) -> None:
-        raise error
-
-    monkeypatch.setattr("mimco_deploy.cli.find_workspace", fail)
-    result = mimco(tmp_path, "index")
-    refused(result)
-    assert result.stderr == f"Error: {error}\n"
-
-
 @pytest.mark.parametrize(
     ("error", "line"),
     [
+        (WorkspaceError("found", expected="wanted", command="do"), "found; expected wanted; run: do"),
+        (ImageError("empty", "x"), "x"),
         (OSError(28, "No space left on device"), "No space left on device"),
         (OSError(13, "Permission denied", "a.jpg"), "a.jpg: Permission denied"),
         (OSError("what a library says"), "what a library says"),
     ],
 )
-def test_what_the_system_refuses_is_one_line(
-    error: OSError, line: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_an_error_is_one_line_without_traceback(
+    error: Exception, line: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def fail(_: object) -> None:
         raise error

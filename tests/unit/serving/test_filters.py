@@ -88,7 +88,7 @@ def test_a_condition_keeps_what_it_says(
 def test_a_folder_keeps_what_lies_below_it(folder: Path, query: Embeddings) -> None:
     assert found(folder, query, root=folder / "photos/work") == list(range(6, 12))
     assert found(folder, query, root=folder / "photos") == list(range(12))
-    assert found(folder, query, root=folder / "photos/work/../holidays") == list(range(6))
+    assert found(folder, query, root=folder / "photos" / "work" / ".." / "holidays") == list(range(6))
     (folder / "link").symlink_to(folder / "photos/holidays")
     assert found(folder, query, root=folder / "link") == list(range(6))
     with pytest.raises(ConfigError, match="wor holds no indexed picture"):

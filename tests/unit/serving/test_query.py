@@ -392,6 +392,19 @@ def test_hits_are_copied_without_writing_over_anything(workspace: Path, tmp_path
     assert run(workspace, path, "--copy-to", path / "hits").exit_code == 1
 
 
+def test_a_copy_that_ends_halfway_leaves_nothing(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half(source: io.BufferedReader, copy: io.BufferedWriter) -> None:
+        copy.write(source.read(10))
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfileobj", half)
+    done = run(workspace, workspace / "photos/0008.png", "-k", 1, "--copy-to", tmp_path / "hits")
+    assert (done.exit_code, "cannot be copied (No space left on device)" in done.stderr) == (1, True)
+    assert list((tmp_path / "hits").iterdir()) == []
+
+
 def test_hits_of_one_name_and_of_long_names_are_copied_all(tmp_path: Path) -> None:
     tiny_bundle(tmp_path / "encoder")
     save(tmp_path / "photos/a/same.png", 1)
