@@ -200,6 +200,8 @@ def measure(config: Config, device: torch.device, arguments: argparse.Namespace)
         if plain is not None:
             plain.run(max(1, steps // 2))
 
+    if arguments.profile:
+        write_profile(arguments.profile / f"{config.method.name}.txt", ours)
     bf16 = uses_bf16(config.run, Backbone(config.backbone).width, device)
     peak = measured_peak(device, torch.bfloat16 if bf16 else torch.float32)
     step_s = statistics.median(ours.step_s)
@@ -224,6 +226,18 @@ def measure(config: Config, device: torch.device, arguments: argparse.Namespace)
     return row
 
 
+def write_profile(path: Path, timer: Timer, steps: int = 3) -> None:
+    """Where a few steps go, operator by operator, as torch's profiler tells it."""
+    cuda = timer.stepper.device.type == "cuda"
+    kinds = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if cuda else [])]
+    with torch.profiler.profile(activities=kinds) as profile:
+        timer.run(steps, count=False)
+    order = "self_cuda_time_total" if cuda else "self_cpu_time_total"
+    table = profile.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=70)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"{steps} steps\n{table}\n", encoding="utf-8")
+
+
 def off(config: Config) -> Any:
     """The run without compilation, in which FLOPs can be counted."""
     return dataclasses.replace(config.run, compile="off", precision="fp32")
@@ -239,6 +253,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--reference", action="store_true", help="time a plain step as well, in turns")
     parser.add_argument("--data", nargs="+", type=Path, default=[], help="pictures instead of synthetic data")
+    parser.add_argument("--profile", type=Path, help="folder for a profile of each method as text")
     parser.add_argument("--set", action="append", default=[], help="any setting, such as run.compile=on")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -7,7 +7,7 @@
 Trains what is missing of a table, one row and seed after the other, and writes for each a JSON file with what was
 measured and the log of its training beside it; what is there already is not run again, and what was made in another
 way is refused. All students see the same number of pictures in the same order, under the preset's optimiser with a
-warm-up of a tenth of an epoch; masks and views are each method's own, but for FD, which gets MimCo's views and so is
+warm-up over a tenth of the run; masks and views are each method's own, but for FD, which gets MimCo's views and so is
 MimCo without masks and contrast. What the teacher cost comes on top for the rows that have one, and is written down.
 One teacher serves all seeds: a spread over seeds is that of stage 2. Labels are used to measure only.
 """
@@ -45,7 +45,7 @@ from mimco_deploy.training.checkpoint import Checkpoint, read_checkpoint
 from mimco_deploy.training.config import Stage2Config
 from mimco_deploy.training.loop import StepReport
 from mimco_deploy.training.method_config import Pooling
-from mimco_deploy.training.presets import PRESETS, WITH_TEACHER, Recipe, with_stage2_method
+from mimco_deploy.training.presets import PRESETS, WITH_TEACHER, with_stage2_method
 from mimco_deploy.training.runs import LAST
 from mimco_deploy.training.settings import apply_settings
 from mimco_deploy.training.stages import train_stage2
@@ -128,12 +128,11 @@ def first_of_each_class(pictures: Sequence[Picture], count: int) -> list[Picture
     return chosen
 
 
-def student_config(
-    recipe: Recipe, row: Row, teacher: Path, train: Sequence[str], epochs: float, seed: int
-) -> Stage2Config:
+def student_config(row: Row, seed: int, arguments: argparse.Namespace) -> Stage2Config:
     """The settings of a row: the preset, its method, a start at random unless the row says otherwise."""
-    config = with_stage2_method(recipe, row.method)
-    shared = [f"run.epochs={epochs:g}", f"run.seed={seed}", "optim.warmup_epochs=0.1"]
+    config = with_stage2_method(PRESETS[arguments.preset](), row.method)
+    epochs, teacher, train = arguments.epochs, arguments.teacher, arguments.train
+    shared = [f"run.epochs={epochs}", f"run.seed={seed}", f"optim.warmup_epochs={epochs / 10:g}", *arguments.set]
     if row.method == "mimco":
         shared.append("method.init_from_teacher=false")
     config = apply_settings(config, [*shared, *row.settings])
@@ -168,7 +167,9 @@ def main() -> None:
     parser.add_argument("--results", type=Path, required=True, help="folder for what was measured, and the logs")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="vit_tiny_debug")
     parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--set", action="append", default=[], help="any setting, for all rows")
     parser.add_argument("--rows", nargs="+", help="only these")
+    parser.add_argument("--train-only", action="store_true", help="leave the runs in --out, to be measured elsewhere")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
@@ -180,6 +181,7 @@ def main() -> None:
     names = arguments.rows or (list(every) if arguments.table == "all" else TABLES[arguments.table])
     made_with = {
         "preset": arguments.preset,
+        **({"set": arguments.set} if arguments.set else {}),
         "epochs": arguments.epochs,
         "teacher": weights_hash(read_checkpoint(arguments.teacher).load_model()),
         "pictures": {
@@ -197,6 +199,9 @@ def main() -> None:
             if result.exists():
                 if json.loads(result.read_text(encoding="utf-8"))["made with"] != made_with:
                     sys.exit(f"{result} was made with another teacher, preset, length or set of pictures")
+                continue
+            if arguments.train_only:
+                train_row(student_config(ROWS[name], seed, arguments), arguments.out / f"{name}-seed{seed}")
                 continue
             document = {"row": name, "seed": seed, "made with": made_with, **_run(name, seed, task, arguments)}
             write_bytes(result, (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
@@ -217,7 +222,7 @@ def _run(name: str, seed: int, task: Task, arguments: argparse.Namespace) -> dic
         teacher_cost = _cost(checkpoint, log)
         if name != "teacher":
             row = ROWS[name]
-            config = student_config(recipe, row, arguments.teacher, arguments.train, arguments.epochs, seed)
+            config = student_config(row, seed, arguments)
             checkpoint, log = train_row(config, folder), folder / "log.jsonl"
             document["settings"] = row.settings
             if row.method in WITH_TEACHER:

@@ -1,16 +1,20 @@
 """Views of a picture: two augmented ones, or one crop; each with a mask where the method has masks.
 
-All are callables on an upright RGB picture that draw from torch's global generator and give uint8 tensors;
-`to_input` turns those into what a backbone takes.
+All are callables on an upright RGB picture that draw from torch's global generator and give uint8 tensors, beside each
+a recipe for its colours where the device is to make them; `ToInputs` turns those into what a method takes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from PIL import Image, ImageFilter
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as tv
 
+from mimco_deploy.training.colour import Colours, change_batch, change_picture
 from mimco_deploy.training.config import BackboneConfig, ViewsConfig
 from mimco_deploy.training.masking import MaskShape, draw_mask
 
@@ -34,28 +38,56 @@ class ToInput(torch.nn.Module):
         return (pixels.float() / 255.0 - self.mean) / self.std
 
 
+class ToInputs(torch.nn.Module):
+    """The tensors of a batch of views → what a method takes: pixels coloured and normalised, masks as they are.
+
+    Args:
+        backbone: gives mean and standard deviation.
+    """
+
+    def __init__(self, backbone: BackboneConfig) -> None:
+        super().__init__()
+        self._normalise = ToInput(backbone)
+
+    def forward(self, views: Sequence[Tensor]) -> list[Tensor]:
+        """Pixels are uint8, the recipe of their colours follows them as float32, masks are bool."""
+        inputs: list[Tensor] = []
+        for view, after in zip(views, [*views[1:], None], strict=True):
+            if view.dtype == torch.uint8:
+                coloured = change_batch(view, after) if after is not None and after.is_floating_point() else view
+                inputs.append(self._normalise(coloured))
+            elif view.dtype == torch.bool:
+                inputs.append(view)
+        return inputs
+
+
 class TwoViews:
     """MoCo v3's two augmentations of one picture: they differ in the rate of blur and in solarisation.
 
     Args:
         image_size_px: side of the views.
         config: crop scale and blur.
+        recipes: give the colours of each view as a recipe instead of changing them, for a device that does it faster.
 
-    Source: MoCo v3 (arXiv 2104.02057), appendix; values as in BYOL (arXiv 2006.07733), appendix B.
+    Source: MoCo v3 (arXiv 2104.02057), appendix.
     """
 
-    def __init__(self, image_size_px: int, config: ViewsConfig) -> None:
-        first, last = config.blur_radius_px
-        scale = image_size_px / 224
-        blur = _PillowBlur((first * scale, last * scale))
-        self._view1 = _mocov3_view(image_size_px, config.min_crop_scale, v2.RandomApply([blur], p=1.0))
-        self._view2 = _mocov3_view(
-            image_size_px, config.min_crop_scale, v2.RandomApply([blur], p=0.1), v2.RandomSolarize(128, p=0.2)
+    def __init__(self, image_size_px: int, config: ViewsConfig, *, recipes: bool = False) -> None:
+        first, last = (radius * image_size_px / 224 for radius in config.blur_radius_px)
+        self._crop = _ResizedCrop(image_size_px, config.min_crop_scale)
+        self._colours = (
+            Colours((first, last), blurred=1.0, solarised=0.0),
+            Colours((first, last), blurred=0.1, solarised=0.2),
         )
+        self._recipes = recipes
 
-    def __call__(self, picture: Image.Image) -> tuple[Tensor, Tensor]:
-        """Two uint8 [3, H, W]."""
-        return self._view1(picture), self._view2(picture)
+    def __call__(self, picture: Image.Image) -> tuple[Tensor, ...]:
+        """Two uint8 [3, H, W], each followed by its float32 [RECIPE] where recipes are asked for."""
+        views: list[Tensor] = []
+        for colours in self._colours:
+            crop, recipe = self._crop(picture), colours.draw()
+            views += [_bytes(crop), recipe] if self._recipes else [_bytes(change_picture(crop, recipe))]
+        return tuple(views)
 
 
 class OneCrop:
@@ -73,18 +105,12 @@ class OneCrop:
     def __init__(
         self, image_size_px: int, config: ViewsConfig, shape: MaskShape | None = None, kind: str = "random"
     ) -> None:
-        self._crop = v2.Compose(
-            [
-                _ResizedCrop(image_size_px, config.min_crop_scale),
-                v2.RandomHorizontalFlip(),
-                v2.PILToTensor(),
-            ]
-        )
+        self._crop = _ResizedCrop(image_size_px, config.min_crop_scale)
         self._shape, self._kind = shape, kind
 
     def __call__(self, picture: Image.Image) -> tuple[Tensor, ...]:
         """uint8 [3, H, W], and bool [h, w] where there are masks."""
-        crop = self._crop(picture)
+        crop = _bytes(self._crop(picture))
         return (crop,) if self._shape is None else (crop, draw_mask(self._shape, self._kind))
 
 
@@ -96,55 +122,41 @@ class MaskedTwoViews:
         config: crop scale and blur.
         shape: of the masks.
         kind: how they are drawn.
+        recipes: see `TwoViews`.
     """
 
-    def __init__(self, image_size_px: int, config: ViewsConfig, shape: MaskShape, kind: str) -> None:
-        self._views = TwoViews(image_size_px, config)
+    def __init__(
+        self, image_size_px: int, config: ViewsConfig, shape: MaskShape, kind: str, *, recipes: bool = False
+    ) -> None:
+        self._views = TwoViews(image_size_px, config, recipes=recipes)
         self._shape, self._kind = shape, kind
 
-    def __call__(self, picture: Image.Image) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Twice uint8 [3, H, W] and bool [h, w]."""
-        view1, view2 = self._views(picture)
-        return view1, draw_mask(self._shape, self._kind), view2, draw_mask(self._shape, self._kind)
+    def __call__(self, picture: Image.Image) -> tuple[Tensor, ...]:
+        """Twice uint8 [3, H, W], its recipe where those are asked for, and bool [h, w]."""
+        views = self._views(picture)
+        half = len(views) // 2
+        masks = [draw_mask(self._shape, self._kind) for _ in range(2)]
+        return *views[:half], masks[0], *views[half:], masks[1]
 
 
-def _mocov3_view(image_size_px: int, min_crop_scale: float, *blur_and_solarise: torch.nn.Module) -> v2.Compose:
-    return v2.Compose(
-        [
-            _ResizedCrop(image_size_px, min_crop_scale),
-            v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
-            v2.RandomGrayscale(p=0.2),
-            *blur_and_solarise,
-            v2.RandomHorizontalFlip(),
-            v2.PILToTensor(),
-        ]
-    )
-
-
-class _ResizedCrop(torch.nn.Module):
-    """torchvision's random crop and bilinear resize in one call of Pillow's.
+class _ResizedCrop:
+    """torchvision's random crop, Pillow's resize, and a mirror half of the time.
 
     Pillow first reduces by whole factors what is to shrink several times: the same crops in about half the time there.
     """
 
     def __init__(self, side_px: int, min_scale: float) -> None:
-        super().__init__()
         self._size = (side_px, side_px)
         self._crop = v2.RandomResizedCrop(side_px, scale=(min_scale, 1.0))
 
-    def forward(self, picture: Image.Image) -> Image.Image:
+    def __call__(self, picture: Image.Image) -> Image.Image:
         at = self._crop.make_params([picture])
         box = (at["left"], at["top"], at["left"] + at["width"], at["top"] + at["height"])
-        return picture.resize(self._size, Image.Resampling.BILINEAR, box=box, reducing_gap=3.0)
+        crop = picture.resize(self._size, Image.Resampling.BILINEAR, box=box, reducing_gap=3.0)
+        return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if torch.rand(()) < 0.5 else crop
 
 
-class _PillowBlur(torch.nn.Module):
-    """Gaussian blur of a random radius. torchvision's own has a fixed kernel and leaves Pillow, which costs time."""
-
-    def __init__(self, radius_px: tuple[float, float]) -> None:
-        super().__init__()
-        self._low, self._high = radius_px
-
-    def forward(self, picture: Image.Image) -> Image.Image:
-        radius = self._low + (self._high - self._low) * torch.rand(()).item()
-        return picture.filter(ImageFilter.GaussianBlur(radius))
+def _bytes(picture: Image.Image) -> Tensor:
+    """uint8 [3, H, W]."""
+    pixels: Tensor = tv.pil_to_tensor(picture)
+    return pixels

@@ -103,7 +103,7 @@ def build_stage1(config: Stage1Config) -> tuple[nn.Module, MakeViews]:
     Raises:
         ConfigError: the backbone does not suit the method.
     """
-    make_views = TwoViews(config.backbone.image_size_px, config.views)
+    make_views = TwoViews(config.backbone.image_size_px, config.views, recipes=torch.cuda.is_available())
     match config.method:
         case MoCoV3Config():
             return MoCoV3(config.backbone, config.method), make_views
@@ -136,7 +136,8 @@ def build_stage2(config: Stage2Config, teacher: tuple[Backbone, Pooling] | None)
             return mae, OneCrop(side, views, mae.mask_shape, mask.kind)
         case JointConfig():
             joint = Joint(backbone, mask, config.method)
-            return joint, MaskedTwoViews(side, views, joint.mask_shape, mask.kind)
+            recipes = torch.cuda.is_available()
+            return joint, MaskedTwoViews(side, views, joint.mask_shape, mask.kind, recipes=recipes)
 
 
 def _teacher(config: Stage2Config, resume: Checkpoint | None) -> tuple[Backbone, Pooling] | None:

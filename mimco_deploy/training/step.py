@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mimco_deploy.training.augment import ToInput
+from mimco_deploy.training.augment import ToInputs
 from mimco_deploy.training.backbone import Backbone
 from mimco_deploy.training.config import RunConfig, Stage1Config, Stage2Config
 from mimco_deploy.training.data import Views, seed_for
@@ -68,13 +68,14 @@ class Stepper:
             global_batch_size=run.global_batch_size,
         )
         encoder = cast(Method, method).encoder
-        self._to_input = ToInput(config.backbone).to(self.device)
+        self._to_inputs = ToInputs(config.backbone).to(self.device)
         self._bf16 = uses_bf16(run, encoder.width, self.device)
         encoder.checkpoint_gradients(run.grad_checkpointing)
         if compiles(run, self.device):
             for module in method.modules():
                 if isinstance(module, Backbone):  # nearly all of the work, and free of state and of other processes
                     module.compile()
+            self._to_inputs.compile()  # changes of colour become a few passes over memory
         self._parallel = parallel(method, self.device)
         self._parallel.train()
 
@@ -105,8 +106,7 @@ class Stepper:
         run = self._config.run
         means: dict[str, Tensor] = {}
         for micro in range(run.accumulate):
-            views = [view.to(self.device, non_blocking=True) for view in next_views()]
-            inputs = [self._to_input(view) if view.dtype == torch.uint8 else view for view in views]
+            inputs = self._to_inputs([view.to(self.device, non_blocking=True) for view in next_views()])
             torch.manual_seed(seed_for(run.seed, _MODEL_STREAM, step, micro, rank()))
             autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._bf16)
             with no_sync(self._parallel, unless=micro == run.accumulate - 1), autocast:

@@ -79,8 +79,9 @@ class Watch:
             for number in self._probe.shown[:SHOWN]:
                 torch.manual_seed(seed_for(self._config.run.seed, _REPORT_STREAM, number))
                 views = self._make_views(self._probe.pictures[number])
-                if len(views) > 1 and views[1].dtype == torch.bool:
-                    shown.append((views[0], views[1]))
+                masks = [view for view in views if view.dtype == torch.bool]
+                if masks:
+                    shown.append((views[0], masks[0]))
         return shown
 
     def _keep_batch(self, step: int) -> Path:
