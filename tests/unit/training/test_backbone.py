@@ -44,6 +44,13 @@ def test_tokens_and_the_models_own_vector(config: BackboneConfig) -> None:
 
 
 @FAMILIES
+def test_patches_embedded_by_a_product_are_the_convolutions(config: BackboneConfig) -> None:
+    projection = make(config).body.patch_embed.proj
+    images = torch.randn(3, 3, 16, 24)
+    torch.testing.assert_close(projection.as_product(images), projection(images))
+
+
+@FAMILIES
 def test_the_masked_path_without_a_mask_is_timms_own(config: BackboneConfig) -> None:
     backbone = make(config)
     images, nothing = torch.randn(2, 3, 16, 16), torch.zeros(2, 16 // backbone.patch_px, 16 // backbone.patch_px)
