@@ -75,15 +75,18 @@ def gpus_to_build_for(trt: Any, flavour: Flavour, options: EngineOptions) -> tup
     ahead = tuple(sorted(set(options.compute_capabilities)))
     if ahead and flavour == "tensorrt":
         raise ConfigError("--compute-capability with --format tensorrt", expected="--format tensorrt-rtx")
-    known = sorted(int(name[2:]) for name in dir(trt.ComputeCapability) if name.startswith("SM")) if ahead else []
-    if unknown := [capability for capability in ahead if capability not in known]:
-        raise ConfigError(f"compute capability {unknown[0]}", expected=f"one of {', '.join(map(str, known))}")
     if gpu is None and not ahead:
         expected = "--compute-capability, such as 89,120" if flavour == "tensorrt-rtx" else "an NVIDIA GPU"
         raise ConfigError("no GPU to build for", expected=expected)
-    if ahead or gpu is None:
-        return "", ahead
-    return gpu.name, (gpu.compute_capability,)
+    here, wanted = ("", ahead) if ahead or gpu is None else (gpu.name, (gpu.compute_capability,))
+    if flavour == "tensorrt-rtx":  # which builds for any GPU, and says that it cannot run there afterwards only
+        known = sorted(int(name[2:]) for name in dir(trt.ComputeCapability) if name.startswith("SM"))
+        if unknown := [capability for capability in wanted if capability not in known]:
+            raise ConfigError(
+                f"compute capability {unknown[0]}{here and f' of {here}'}",
+                expected=f"one that TensorRT for RTX supports: {', '.join(map(str, known))}",
+            )
+    return here, wanted
 
 
 def plan_engine(trt: Any, flavour: Flavour, bundle: Bundle, options: EngineOptions) -> EngineSpec:

@@ -18,7 +18,7 @@ from mimco_deploy.export.to_tensorrt import EngineOptions
 from mimco_deploy.serving.agreement import compare
 from mimco_deploy.serving.encoders import load_encoder
 from mimco_deploy.serving.sample import draw_pictures
-from mimco_deploy.serving.trt import Flavour, has_rtx, load_trt
+from mimco_deploy.serving.trt import Flavour, gpu_here, has_rtx, load_trt
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
@@ -68,10 +68,14 @@ def test_an_engine_built_here_runs_here_within_its_tolerance(
         pytest.importorskip("tensorrt", reason="no TensorRT")
     elif not has_rtx():
         pytest.skip("no TensorRT for RTX")
+    trt, gpu = load_trt(flavour), gpu_here()
+    assert gpu is not None
+    if flavour == "tensorrt-rtx" and f"SM{gpu.compute_capability}" not in dir(trt.ComputeCapability):
+        pytest.skip(f"TensorRT for RTX does not support {gpu.name}")
     for plan in (bundle.path / "engines").glob("*.plan"):
         plan.unlink()
     options = EngineOptions(precision=precision, profile=(1, 8, 32))
-    assert build_engine(load_trt(flavour), flavour, bundle.path, options, None).is_new
+    assert build_engine(trt, flavour, bundle.path, options, None).is_new
     encoder = load_encoder(bundle.path, "tensorrt", strict=True, precision=precision)
     assert encoder.provider.startswith(flavour)
     images, reference = expected(bundle, 70)

@@ -167,8 +167,11 @@ def test_a_graph_that_tensorrt_cannot_read_is_told_with_its_reason(folder: Path)
 
 @RTX
 def test_gpus_that_cannot_be_built_for_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match=r"compute capability 33; expected one of 75, "):
+    with pytest.raises(ConfigError, match=r"compute capability 33; expected one that .* supports: 75, "):
         built(folder, dataclasses.replace(AHEAD, compute_capabilities=(33,)))
+    monkeypatch.setattr(to_tensorrt, "gpu_here", lambda: Gpu("NVIDIA H200", 90))  # what it said there, after building
+    with pytest.raises(ConfigError, match=r"compute capability 90 of NVIDIA H200; expected one that .* supports: 75, "):
+        built(folder, dataclasses.replace(AHEAD, compute_capabilities=()))
     monkeypatch.setattr(to_tensorrt, "gpu_here", lambda: None)
     with pytest.raises(ConfigError, match=r"no GPU to build for; expected --compute-capability, such as 89,120"):
         built(folder, dataclasses.replace(AHEAD, compute_capabilities=()))
