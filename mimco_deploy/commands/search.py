@@ -58,6 +58,8 @@ class _Weighted(click.ParamType):  # type: ignore[type-arg]  # generic in newer 
         """Split at the last colon, where a number follows it."""
         if isinstance(value, tuple):
             return value
+        if value == "-" or str(value).startswith("-:"):
+            self.fail("standard input is read for the query alone; ./- is a file of that name", param, ctx)
         path, sign, weight = str(value).rpartition(":")
         try:
             number = float(weight) if sign and not Path(value).exists() else None

@@ -48,12 +48,13 @@ _FILES, _FILES_OF_ROWS = "mimco_files", "mimco_files_of_rows"
 # names what is not in it; that index is for the files of a few rows. The other is the table's own order.
 _ORDERS = {_FILES: "INDEXED BY sqlite_autoindex_files_1", _FILES_OF_ROWS: "INDEXED BY files_by_row"}
 # The parts of a path by functions of Python: what SQLite can do with `rtrim` and `replace` took twice as long.
+# The indexed folders, which are few, stand in it as they are: to join them takes a third of a condition on paths.
 _VIEW = """
-CREATE TEMP VIEW IF NOT EXISTS {name} AS SELECT
+CREATE TEMP VIEW {name} AS SELECT
     roots.path AS root_bytes, files.root_id AS root_id, files.path AS path_bytes, files.row AS row,
-    CAST(roots.path AS TEXT) || '/' || CAST(files.path AS TEXT) AS path,
+    {above} || CAST(files.path AS TEXT) AS path,
     mimco_folder(roots.path, files.path) AS folder, mimco_name(files.path) AS name, mimco_suffix(files.path) AS suffix,
-    CAST(roots.path AS TEXT) AS root,
+    {root} AS root,
     files.size AS bytes, files.mtime_ns AS mtime_ns,
     strftime('%Y-%m-%dT%H:%M:%S', files.mtime_ns / 1000000000, 'unixepoch') AS modified,
     contents.taken AS taken,
@@ -66,6 +67,10 @@ CREATE TEMP VIEW IF NOT EXISTS {name} AS SELECT
 FROM main.files {order}
     LEFT JOIN main.roots ON roots.id = files.root_id LEFT JOIN main.contents ON contents.row = files.row
 """
+_QUOTED = re.compile(r"""'(?:[^']|'')*'|--[^\n]*|/\*.*?\*/|("(?:[^"]|"")*")""", re.DOTALL)
+"""Names in double quotes, outside of texts and remarks."""
+_INLINE = 16
+"""Indexed folders that stand in the views."""
 LIMIT_S = 20.0
 """For one condition."""
 _STEPS_BETWEEN_LOOKS = 1000
@@ -136,8 +141,8 @@ class FilteredFiles:
         self._side_columns: list[str] = []
         for name, count, function in (("folder", 2, _folder), ("name", 1, _name), ("suffix", 1, _suffix)):
             connection.create_function(f"mimco_{name}", count, function, deterministic=True)
-        for name, order in _ORDERS.items():
-            connection.execute(_VIEW.format(name=name, order=order))
+        self._roots: list[tuple[int, bytes]] | None = None
+        self._define_views()
 
     def rows(self, condition: Filter) -> list[int]:
         """Rows of the vector store with at least one file for which the condition holds.
@@ -173,17 +178,21 @@ class FilteredFiles:
         ]
 
     def prepare(self, condition: Filter) -> None:
-        """Load the side table of a condition. Outside of any transaction, which would take it back.
+        """Load the side table of a condition, and follow the indexed folders.
+
+        Outside of any transaction, which would take both back.
 
         Raises:
             ConfigError: it cannot be read.
         """
+        self._define_views()
         if condition.table is not None:
             self._join(condition.table)
 
     def _select(self, what: str, view: str, condition: Filter, more: str) -> list[Any]:
         if len(condition.where) > _MAX_LENGTH:
             raise ConfigError(f"a condition of {len(condition.where)} letters", expected=f"at most {_MAX_LENGTH}")
+        self._check_quoted(condition)
         join = "" if condition.table is None else f" LEFT JOIN temp.{_SIDE} ON {_KEYS[self._key]}"
         tests = [f"({condition.where or 'true'}\n)"]  # a comment at its end must not hide the bracket
         if condition.root is not None:
@@ -204,6 +213,24 @@ class FilteredFiles:
             self._db.set_progress_handler(None, 0)
             self._db.set_authorizer(None)
             self._db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, most)
+
+    def _check_quoted(self, condition: Filter) -> None:
+        """Refuse a name in double quotes that is no column: SQLite would take it for a text."""
+        columns = {name.lower() for name in (*COLUMNS, *self._side_columns)}
+        for name in _QUOTED.findall(condition.where):
+            if name and name[1:-1].replace('""', '"').lower() not in columns:
+                raise self._refused(condition, ValueError(f"{name!r} is no column; texts stand in single quotes"))
+
+    def _define_views(self) -> None:
+        """Again where the indexed folders are others than before."""
+        roots = self._db.execute("SELECT id, path FROM main.roots ORDER BY id").fetchall()
+        if roots == self._roots:
+            return
+        root, above = (_root_by_number(roots, end) for end in ("", "/"))
+        for name, order in _ORDERS.items():
+            self._db.execute(f"DROP VIEW IF EXISTS temp.{name}")
+            self._db.execute(_VIEW.format(name=name, order=order, root=root, above=above))
+        self._roots = roots
 
     def _below(self, folder: Path) -> str:
         """The test for the files of a folder and below. The index has links resolved up to its folders, not below them.
@@ -270,6 +297,18 @@ class FilteredFiles:
         self._db.executemany(f"INSERT INTO temp.{_SIDE} VALUES ({places})", side.rows)
         self._db.execute(f"CREATE INDEX temp.{_SIDE}_by_key ON {_SIDE} (side_key)")
         return key
+
+
+def _root_by_number(roots: list[tuple[int, bytes]], end: str) -> str:
+    """An expression for the folder of `files.root_id`: text where it is one, else looked up, also where it is new."""
+    texts = [(number, path.decode("utf-8", "replace")) for number, path in roots[:_INLINE]]
+    cases = " ".join(f"WHEN {number} THEN {_text(text + end)}" for number, text in texts if "\ufffd" not in text)
+    other = f"(SELECT CAST(path AS TEXT) || '{end}' FROM main.roots WHERE id = files.root_id)"
+    return f"CASE files.root_id {cases} ELSE {other} END" if cases else other
+
+
+def _text(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
 
 
 def _allowed(action: int, first: str | None, second: str | None, database: str | None, source: str | None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from mimco_deploy.serving.filters import Filter
 from mimco_deploy.serving.generations import check_encoder
 from mimco_deploy.serving.index import Hit, ImageIndex
 from mimco_deploy.stopwatch import Stopwatch
+
+logger = logging.getLogger(__name__)
 
 RERANKED = 3
 """Times k hits are ordered by their parts."""
@@ -132,7 +135,7 @@ def search_image(
         min_score: least score of a hit.
         min_confidence: least confidence of a hit, where it is known.
         rerank: order the best hits by how alike their parts are to those of the first picture (`why.py`). The scores
-            stay those of the whole pictures.
+            stay those of the whole pictures. Of a picture that is gone the order stays, with a warning.
         watch: told when the query is decoded, embedded and searched for.
 
     Returns:
@@ -154,6 +157,9 @@ def search_image(
     if rerank and hits:
         from mimco_deploy.serving.why import explain, order_by_parts
 
-        hits = order_by_parts(hits, explain(encoder, parts[0], [hit.path for hit in hits]))[:k]
+        reasons = explain(encoder, parts[0], [hit.path for hit in hits])
+        if not any(reasons):
+            logger.warning("the query cannot be read any more: its hits are not reranked")
+        hits = order_by_parts(hits, reasons)[:k]
         watch.lap("rerank")
     return hits

@@ -113,6 +113,8 @@ def test_few_that_are_allowed_are_found_although_many_others_are_nearer(folder: 
     "where",
     [
         "nope = 1",
+        "\"nope\" = 'x'",
+        "'it''s' <> '' and \"no\npe\" is null",
         "name = 'open",
         "1) or (1",
         "1 then 1 end or case when 1",
@@ -133,6 +135,12 @@ def test_what_is_no_condition_is_refused_in_one_line(folder: Path, query: Embedd
         found(folder, query, where=where)
     assert len(str(refusal.value).splitlines()) == 1
     assert found(folder, query, where="name = 'img_03.PNG'") == [3], "the index is as it was"
+
+
+def test_a_column_may_stand_in_double_quotes_and_a_text_or_remark_may_hold_them(
+    folder: Path, query: Embeddings
+) -> None:
+    assert found(folder, query, where="\"name\" = 'img_03.PNG' and 'say \"it\"' <> '' -- \"so\"") == [3]
 
 
 def test_a_condition_cannot_reach_beyond_the_folder(folder: Path, query: Embeddings) -> None:
@@ -270,6 +278,24 @@ def test_a_folder_whose_name_is_no_text_keeps_what_lies_below_it(odd: Path, quer
     with ImageIndex.open(odd / "index") as index:
         hits = index.search(query, 10, Filter(root=Path(os.fsdecode(os.fsencode(odd / "photos") + b"/fo\xff"))))
     assert [hit.path.name for hit in hits] == ["img_2.png"]
+
+
+def test_paths_have_their_own_folder_whatever_its_name_and_however_many(tmp_path: Path, query: Embeddings) -> None:
+    """The first few stand in the query as text, those whose names are none and all others are looked up."""
+    names = [b"it's", "ü".encode(), b"no\xfftext", *(b"f%d" % number for number in range(20))]
+    folders = [Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)) for name in names]
+    for number, folder in enumerate(folders):
+        folder.mkdir()
+        noise(number).save(folder / "a.png")
+    update_index(tmp_path / "index", folders[:-1], CountingEncoder())
+    with ImageIndex.open(tmp_path / "index") as index:
+        for name, folder in zip(names[:-1], folders[:-1], strict=True):
+            text = name.decode("utf-8", "ignore").replace("'", "''").replace("notext", "no%text")
+            for column, shape in (("path", f"%/{text}/a.png"), ("root", f"%/{text}")):
+                hits = index.search(query, 5, Filter(f"{column} like '{shape}'"))
+                assert [hit.path for hit in hits] == [folder / "a.png"]
+        update_index(tmp_path / "index", folders, CountingEncoder())
+        assert len(index.search(query, 5, Filter("path like '%/f19/%'"))) == 1
 
 
 def test_an_empty_field_of_a_table_says_nothing(folder: Path, query: Embeddings, tmp_path: Path) -> None:

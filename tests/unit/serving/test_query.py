@@ -242,7 +242,7 @@ def test_a_picture_is_wholly_like_itself_and_a_hit_that_is_gone_has_no_reason(tm
         explain(CountingEncoder(), Part(query), [query])
 
 
-def test_reranking_orders_by_parts_and_keeps_the_scores(tmp_path: Path) -> None:
+def test_reranking_orders_by_parts_and_keeps_the_scores(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     photos = tmp_path / "photos"
     photos.mkdir()
     query = with_square(tmp_path, "query.png", (0, 0))
@@ -254,6 +254,12 @@ def test_reranking_orders_by_parts_and_keeps_the_scores(tmp_path: Path) -> None:
     with ImageIndex.open(tmp_path / "index") as index:
         plain = search_image(index, encoder, query, 10)
         ordered = search_image(index, encoder, query, 10, rerank=True)
+        query.rename(photos / "query.png")
+        update_index(tmp_path / "index", [photos], encoder)
+        (photos / "query.png").unlink()
+        before = search_image(index, encoder, photos / "query.png", 10)
+        assert search_image(index, encoder, photos / "query.png", 10, rerank=True) == before
+    assert "cannot be read any more: its hits are not reranked" in caplog.text
     assert ordered[0].path == moved
     assert sorted(ordered, key=lambda hit: -hit.score) == plain
 
@@ -270,6 +276,12 @@ def test_a_picture_on_stdin_and_lists_are_searched(workspace: Path) -> None:
         listed = run(workspace, "--list", "-", "-k", 1, "--json", stdin=separator.join(map(os.fsencode, paths)))
         lines = [json.loads(line) for line in listed.stdout.splitlines()]
         assert [line["hits"][0]["path"] for line in lines] == [line["query"] for line in lines] == list(map(str, paths))
+
+
+def test_standard_input_is_the_query_alone(workspace: Path) -> None:
+    refused = run(workspace, workspace / "photos/0001.png", "--plus", "-:2", "--json")
+    assert refused.exit_code == 2
+    assert "standard input is read for the query alone" in refused.stderr
 
 
 def test_json_lines_and_paths_with_nul(workspace: Path) -> None:
