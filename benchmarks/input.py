@@ -102,12 +102,12 @@ def plain(pictures: list[Picture], size: int, stage: int, batch: int, workers: i
             del batches
 
 
-def ours(corpus: Any, size: int, stage: int, batch: int, workers: int, epochs: int) -> Iterator[Any]:
+def ours(corpus: Any, size: int, stage: int, batch: int, workers: int, epochs: int, *, recipes: bool) -> Iterator[Any]:
     """Batches of the loader that trains."""
     run = RunConfig(epochs=epochs, global_batch_size=batch)
     make_views: Any
     if stage == 1:
-        make_views = TwoViews(size, ViewsConfig(min_crop_scale=0.08))
+        make_views = TwoViews(size, ViewsConfig(min_crop_scale=0.08), recipes=recipes)
     else:
         shape = mask_shape(size, size // 8, MaskConfig(mask_patch_size_px=size // 4))
         make_views = OneCrop(size, ViewsConfig(min_crop_scale=0.67), shape)
@@ -159,7 +159,8 @@ def measure(source: Path, size: int, stage: int, arguments: argparse.Namespace) 
     epochs = 1 + needed // (len(corpus) // batch * batch)
     rates: dict[str, list[float]] = {"ours": [], "plain": []}
     for _ in range(rounds):
-        rates["ours"].append(rate(ours(corpus, size, stage, batch, workers, epochs), count, batch, workers))
+        batches = ours(corpus, size, stage, batch, workers, epochs, recipes=arguments.recipes)
+        rates["ours"].append(rate(batches, count, batch, workers))
         rates["plain"].append(rate(plain(pictures, size, stage, batch, workers), count, batch, workers))
     views = 2 if stage == 1 else 1
     median = {name: statistics.median(values) for name, values in rates.items()}
@@ -168,6 +169,7 @@ def measure(source: Path, size: int, stage: int, arguments: argparse.Namespace) 
         "stage": stage,
         "pictures": len(pictures),
         "view_px": size,
+        "colours_on": "device" if arguments.recipes and stage == 1 else "workers",
         "in_memory": corpus.held is not None,
         "loading_s": round(loading_s, 2),
         "views_per_s": round(views * median["ours"]),
@@ -188,6 +190,9 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=6, help="in each round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument(
+        "--recipes", action="store_true", help="leave stage 1's colours to a GPU, as where there is one"
+    )
     parser.add_argument("--memory-mib", type=int, default=DataConfig().memory_mib, help="0 decodes at each use")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,22 +1,27 @@
 """Views of a picture: two augmented ones, or one crop; each with a mask where the method has masks.
 
-All are callables on an upright RGB picture that draw from torch's global generator and give uint8 tensors, beside each
-a recipe for its colours where the device is to make them; `ToInputs` turns those into what a method takes.
+All are callables on an upright RGB picture, [H, W, 3] uint8 or one of Pillow's, that draw from torch's global generator
+and give uint8 tensors, beside each a recipe for its colours where the device is to make them; `ToInputs` turns those
+into what a method takes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as tv
 
-from mimco_deploy.training.colour import Colours, change_batch, change_picture
+from mimco_deploy.training.colour import Colours, change_batch, change_view
 from mimco_deploy.training.config import BackboneConfig, ViewsConfig
 from mimco_deploy.training.masking import MaskShape, draw_mask
+
+Pixels = npt.NDArray[np.uint8] | Image.Image
 
 
 class ToInput(torch.nn.Module):
@@ -81,12 +86,12 @@ class TwoViews:
         )
         self._recipes = recipes
 
-    def __call__(self, picture: Image.Image) -> tuple[Tensor, ...]:
+    def __call__(self, picture: Pixels) -> tuple[Tensor, ...]:
         """Two uint8 [3, H, W], each followed by its float32 [RECIPE] where recipes are asked for."""
         views: list[Tensor] = []
         for colours in self._colours:
             crop, recipe = self._crop(picture), colours.draw()
-            views += [_bytes(crop), recipe] if self._recipes else [_bytes(change_picture(crop, recipe))]
+            views += [crop, recipe] if self._recipes else [change_view(crop, recipe)]
         return tuple(views)
 
 
@@ -108,9 +113,9 @@ class OneCrop:
         self._crop = _ResizedCrop(image_size_px, config.min_crop_scale)
         self._shape, self._kind = shape, kind
 
-    def __call__(self, picture: Image.Image) -> tuple[Tensor, ...]:
+    def __call__(self, picture: Pixels) -> tuple[Tensor, ...]:
         """uint8 [3, H, W], and bool [h, w] where there are masks."""
-        crop = _bytes(self._crop(picture))
+        crop = self._crop(picture)
         return (crop,) if self._shape is None else (crop, draw_mask(self._shape, self._kind))
 
 
@@ -131,7 +136,7 @@ class MaskedTwoViews:
         self._views = TwoViews(image_size_px, config, recipes=recipes)
         self._shape, self._kind = shape, kind
 
-    def __call__(self, picture: Image.Image) -> tuple[Tensor, ...]:
+    def __call__(self, picture: Pixels) -> tuple[Tensor, ...]:
         """Twice uint8 [3, H, W], its recipe where those are asked for, and bool [h, w]."""
         views = self._views(picture)
         half = len(views) // 2
@@ -140,23 +145,20 @@ class MaskedTwoViews:
 
 
 class _ResizedCrop:
-    """torchvision's random crop, Pillow's resize, and a mirror half of the time.
+    """torchvision's random crop and bilinear resize, and a mirror half of the time.
 
-    Pillow first reduces by whole factors what is to shrink several times: the same crops in about half the time there.
+    On a layout of torch's own for which its resize of bytes takes a sixth of Pillow's time.
     """
 
     def __init__(self, side_px: int, min_scale: float) -> None:
         self._size = (side_px, side_px)
         self._crop = v2.RandomResizedCrop(side_px, scale=(min_scale, 1.0))
 
-    def __call__(self, picture: Image.Image) -> Image.Image:
-        at = self._crop.make_params([picture])
-        box = (at["left"], at["top"], at["left"] + at["width"], at["top"] + at["height"])
-        crop = picture.resize(self._size, Image.Resampling.BILINEAR, box=box, reducing_gap=3.0)
-        return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if torch.rand(()) < 0.5 else crop
-
-
-def _bytes(picture: Image.Image) -> Tensor:
-    """uint8 [3, H, W]."""
-    pixels: Tensor = tv.pil_to_tensor(picture)
-    return pixels
+    def __call__(self, picture: Pixels) -> Tensor:
+        """uint8 [3, side, side]."""
+        pixels = torch.from_numpy(np.require(picture, np.uint8, "W")).permute(2, 0, 1)
+        at = self._crop.make_params([pixels])
+        part = pixels[None, :, at["top"] : at["top"] + at["height"], at["left"] : at["left"] + at["width"]]
+        part = part.contiguous(memory_format=torch.channels_last)
+        crop = F.interpolate(part, self._size, mode="bilinear", antialias=True)[0]
+        return crop.flip(-1) if torch.rand(()) < 0.5 else crop

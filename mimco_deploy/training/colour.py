@@ -1,8 +1,9 @@
-"""MoCo v3's changes of colour: drawn once for each view, then made by Pillow or, for a whole batch, on the device.
+"""MoCo v3's changes of colour: drawn once for each view, then made for that view, or on the device for a whole batch.
 
 A recipe is a float32 vector of `RECIPE` numbers: the four steps of the jitter in the order in which they come, or −1
 where there is none (4), their amounts (4), grey or not, the blur's standard deviation in px, solarised or not. It is
-drawn where the picture is cropped, so which colours a view gets does not depend on who makes them.
+drawn where the picture is cropped, so which colours a view gets does not depend on who makes them. Shades are floats in
+0…255 throughout and rounded at most once, at the end.
 
 Source: MoCo v3 (arXiv 2104.02057), appendix; values as in BYOL (arXiv 2006.07733), appendix B.
 """
@@ -10,28 +11,22 @@ Source: MoCo v3 (arXiv 2104.02057), appendix; values as in BYOL (arXiv 2006.0773
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from PIL import Image, ImageFilter
+import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms.v2 import functional as tv
 
 RECIPE = 11
 """Numbers in a recipe."""
-_JITTERED = 0.8
+_BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
 _STRENGTHS = (0.4, 0.4, 0.2, 0.1)
 """Largest change of brightness, contrast and saturation as factors of 1, and of the hue as a share of its circle."""
-_GREY = 0.2
+_JITTERED, _GREY = 0.8, 0.2
 _SOLARISE_FROM = 128
-_STEPS: tuple[Callable[[Image.Image, float], Image.Image], ...] = (
-    tv.adjust_brightness,
-    tv.adjust_contrast,
-    tv.adjust_saturation,
-    tv.adjust_hue,
-)
-_LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's
+_LUMA = (0.299, 0.587, 0.114)  # ITU-R 601
+_REACH = 3
+"""Standard deviations at which the blur's Gaussian ends."""
 
 
 @dataclass(frozen=True)
@@ -56,22 +51,28 @@ class Colours:
         return torch.tensor([*jitter, *amounts, u[5] < _GREY, sigma_px, u[8] < self.solarised], dtype=torch.float32)
 
 
-def change_picture(picture: Image.Image, recipe: Tensor) -> Image.Image:
-    """One picture by Pillow.
+def change_view(pixels: Tensor, recipe: Tensor) -> Tensor:
+    """One view, only what its recipe asks for.
 
     Args:
-        picture: RGB.
+        pixels: [3, H, W] uint8.
         recipe: [RECIPE].
+
+    Returns:
+        [3, H, W] uint8.
     """
     *numbers, grey, sigma_px, solarised = recipe.tolist()
+    x = pixels.contiguous().float()
     for step in map(int, numbers[:4]):
         if step >= 0:
-            picture = _STEPS[step](picture, numbers[4 + step])
+            x = _jitter(x, step, numbers[4 + step])
     if grey:
-        picture = tv.rgb_to_grayscale(picture, num_output_channels=3)
+        x = _luma(x).expand(3, -1, -1)
     if sigma_px > 0.0:
-        picture = picture.filter(ImageFilter.GaussianBlur(sigma_px))
-    return tv.solarize(picture, _SOLARISE_FROM) if solarised else picture
+        x = _blur(x, sigma_px)
+    if solarised:
+        x = _solarise(x)
+    return x.round().to(torch.uint8)
 
 
 def change_batch(pixels: Tensor, recipes: Tensor) -> Tensor:
@@ -85,55 +86,83 @@ def change_batch(pixels: Tensor, recipes: Tensor) -> Tensor:
         recipes: [B, RECIPE].
 
     Returns:
-        [B, 3, side, side] float32 in 0…255; unlike Pillow's not rounded between steps.
+        [B, 3, side, side] float32 in 0…255.
     """
     x = pixels.float()
     column = recipes.view(len(recipes), RECIPE, 1, 1, 1).unbind(1)  # each [B, 1, 1, 1]
-    brightness, contrast, saturation, hue, grey, _, solarised = column[4:]
-    for step in column[:4]:
-        luma = _luma(x)
-        base = torch.where(step == 1, luma.mean(dim=(2, 3), keepdim=True).round(), torch.where(step == 2, luma, 0.0))
-        amount = torch.where(step == 0, brightness, torch.where(step == 1, contrast, saturation))
-        blended = (base + amount * (x - base)).clamp(0.0, 255.0)
-        x = torch.where(step < 0, x, torch.where(step == 3, _turn_hue(x, hue), blended))
-    x = torch.where(grey > 0, _luma(x), x)
-    x = _blur(x, recipes[:, 9])
-    return torch.where((solarised > 0) & (x.round() >= _SOLARISE_FROM), 255.0 - x, x)
+    for slot in column[:4]:
+        changed = x
+        for step in (_BRIGHTNESS, _CONTRAST, _SATURATION, _HUE):
+            changed = torch.where(slot == step, _jitter(x, step, column[4 + step]), changed)
+        x = changed
+    x = torch.where(column[8] > 0, _luma(x), x)
+    x = _blur_batch(x, recipes[:, 9])
+    return torch.where(column[10] > 0, _solarise(x), x)
+
+
+def _jitter(x: Tensor, step: int, amount: Tensor | float) -> Tensor:
+    """One step on [..., 3, H, W], by an amount that fits it."""
+    if step == _HUE:
+        return _turn_hue(x, amount)
+    if step == _BRIGHTNESS:
+        return (x * amount).clamp(0.0, 255.0)
+    luma = _luma(x)
+    base = luma.mean(dim=(-2, -1), keepdim=True) if step == _CONTRAST else luma
+    return (base + (x - base) * amount).clamp(0.0, 255.0)
 
 
 def _luma(x: Tensor) -> Tensor:
-    """[B, 3, H, W] → [B, 1, H, W]."""
-    red, green, blue = x.chunk(3, dim=1)
+    """[..., 3, H, W] → [..., 1, H, W]."""
+    red, green, blue = x.chunk(3, dim=-3)
     return _LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue
 
 
-def _turn_hue(x: Tensor, share: Tensor) -> Tensor:
+def _turn_hue(x: Tensor, share: Tensor | float) -> Tensor:
     """Turn the hue by a share of its circle; value and saturation of HSV stay."""
-    red, green, blue = x.chunk(3, dim=1)
-    value = x.amax(dim=1, keepdim=True)
-    chroma = value - x.amin(dim=1, keepdim=True)
-    sixths = torch.where(
-        value == red, green - blue, torch.where(value == green, blue - red, red - green)
-    ) / chroma.clamp(min=1e-6) + torch.where(value == red, 0.0, torch.where(value == green, 2.0, 4.0))
-    turned = sixths + 6.0 * share
-    shades = []
-    for offset in (5.0, 3.0, 1.0):  # red, green, blue
-        k = (offset + turned) % 6.0
-        shades.append(value - chroma * torch.minimum(k, 4.0 - k).clamp(0.0, 1.0))
-    return torch.cat(shades, dim=1)
+    red, green, blue = x.chunk(3, dim=-3)
+    value = torch.maximum(torch.maximum(red, green), blue)
+    chroma = value - torch.minimum(torch.minimum(red, green), blue)
+    is_red, is_green = value == red, value == green
+    apart = torch.where(is_red, green - blue, torch.where(is_green, blue - red, red - green))
+    sixths = apart / chroma.clamp(min=1e-6) + torch.where(is_red, 0.0, torch.where(is_green, 2.0, 4.0)) + 6.0 * share
+    at = sixths + torch.tensor([5.0, 3.0, 1.0], device=x.device).view(3, 1, 1)  # red, green, blue
+    at = at - 6.0 * torch.floor(at / 6.0)
+    return value - chroma * torch.minimum(at, 4.0 - at).clamp(0.0, 1.0)
 
 
-def _blur(x: Tensor, sigma_px: Tensor) -> Tensor:
-    """Gaussian blur with the border's pixels repeated outwards; [B, 3, side, side] and [B]."""
+def _solarise(x: Tensor) -> Tensor:
+    """Invert what is bright."""
+    return torch.where(x.round() >= _SOLARISE_FROM, 255.0 - x, x)
+
+
+def _blur(x: Tensor, sigma_px: float) -> Tensor:
+    """Gaussian blur with the border's pixels repeated outwards; [3, H, W]. Sums of shifted pictures: few taps."""
+    reach = math.ceil(_REACH * sigma_px)
+    taps = [math.exp(-0.5 * (step / sigma_px) ** 2) for step in range(reach + 1)]
+    total = taps[0] + 2.0 * sum(taps[1:])
+    height, width = x.shape[-2:]
+    padded = F.pad(x[None], (reach, reach, reach, reach), mode="replicate")[0]
+    for dim, length in ((-1, width), (-2, height)):
+        result = padded.narrow(dim, reach, length) * (taps[0] / total)
+        for step in range(1, reach + 1):
+            both = padded.narrow(dim, reach - step, length) + padded.narrow(dim, reach + step, length)
+            result.add_(both, alpha=taps[step] / total)
+        padded = result
+    return padded
+
+
+def _blur_batch(x: Tensor, sigma_px: Tensor) -> Tensor:
+    """The same for [B, 3, side, side] and [B], none where it is 0; deviations up to a 24th of the side."""
     side = x.shape[-1]
-    beyond = math.ceil(side / 8)  # px beyond the border that count; four times what the papers' blurs reach
+    beyond = math.ceil(side / 8)  # four times what the papers' blurs reach
     to = torch.arange(side, device=x.device).view(side, 1)
     distance = (to - torch.arange(-beyond, side + beyond, device=x.device)).float()
-    weights = torch.exp(-0.5 * (distance / sigma_px.clamp(min=1e-3).view(-1, 1, 1)) ** 2)
+    sigma = sigma_px.clamp(min=1e-3).view(-1, 1, 1)
+    weights = torch.exp(-0.5 * (distance / sigma) ** 2) * (distance.abs() <= torch.ceil(_REACH * sigma))
     weights = weights / weights.sum(dim=2, keepdim=True)  # [B, side, beyond + side + beyond]
     inside = weights[:, :, beyond : beyond + side].clone()
     inside[:, :, 0] += weights[:, :, :beyond].sum(dim=2)
     inside[:, :, -1] += weights[:, :, beyond + side :].sum(dim=2)
-    kind = torch.float16 if x.is_cuda else torch.float32  # a 2,000th of a shade of 255 is lost in half precision
+    kind = torch.float16 if x.is_cuda else torch.float32  # half precision loses a 2,000th of a shade of 255
     band = inside.to(kind)[:, None]  # [B, 1, side, side]
     return (band @ x.to(kind) @ band.transpose(2, 3)).float()

@@ -8,10 +8,10 @@ import logging
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from mimco_deploy.errors import DataError, ImageError
 from mimco_deploy.sources import Picture, find_pictures
@@ -41,15 +41,19 @@ class Corpus:
         lines = "".join(f"{picture.name}\0{picture.size}\n" for picture in self.pictures)
         return hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()
 
-    def get(self, index: int) -> tuple[Image.Image, list[str]]:
-        """Picture `index`, or the next one that can be decoded, and the names of those that could not."""
+    def get(self, index: int) -> tuple[Any, list[str]]:
+        """As `pixels`, in the form that the run's views take."""
+        return self.pixels(index)
+
+    def pixels(self, index: int) -> tuple[npt.NDArray[np.uint8], list[str]]:
+        """Picture `index`, or the next one that can be decoded, [H, W, 3], and the names of those that could not be."""
         if self.held is not None:
-            return Image.fromarray(self.held[index]), []
+            return self.held[index], []
         refused: list[str] = []
         for step in range(len(self.pictures)):
             picture = self.pictures[(index + step) % len(self.pictures)]
             try:
-                return picture.decode(self.config.short_side_px), refused
+                return np.array(picture.decode(self.config.short_side_px)), refused
             except ImageError as error:
                 refused.append(str(error))
         raise DataError(f"none of {len(self.pictures)} pictures can be decoded", expected="pictures")
@@ -108,6 +112,6 @@ def load_corpus(config: DataConfig) -> Corpus:
 
 def _decode_or_reason(picture: Picture, short_side_px: int) -> npt.NDArray[np.uint8] | str:
     try:
-        return np.asarray(picture.decode(short_side_px))
+        return np.array(picture.decode(short_side_px))  # a copy, which torch may call its own
     except ImageError as error:
         return str(error)

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -23,7 +22,8 @@ from mimco_deploy.training.corpus import Corpus
 from mimco_deploy.training.distributed import rank, world_size
 
 Views = tuple[Tensor, ...]
-MakeViews = Callable[[Image.Image], Views]
+MakeViews = Callable[[Any], Views]
+"""From a picture, as the corpus gives it."""
 Batches = Generator[tuple[Views, list[str]], None, None]
 """Views, each stacked over the batch, and the names of pictures that were skipped for them; to be closed after use."""
 Slot = tuple[int, int]

@@ -39,8 +39,9 @@ class LabelledCorpus(Corpus):
     """The class of each picture, by its place among those."""
 
     def get(self, index: int) -> tuple[Image.Image, list[str]]:
-        """As a corpus, with the class of the picture that is given, which may be one further on."""
-        picture, refused = super().get(index)
+        """One of Pillow's, with the class of the picture that is given, which may be one further on."""
+        pixels, refused = self.pixels(index)
+        picture = Image.fromarray(pixels)
         picture.info[_LABEL] = self.labels[(index + len(refused)) % len(self.pictures)]
         return picture, refused
 

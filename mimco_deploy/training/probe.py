@@ -56,7 +56,7 @@ class Probe:
     def __init__(self, corpus: Corpus, image_size_px: int) -> None:
         count = min(PICTURES, len(corpus))
         self.numbers = [round(index) for index in np.linspace(0, len(corpus) - 1, count)]
-        self.pictures: list[Image.Image] = [corpus.get(number)[0] for number in self.numbers]
+        self.pictures = [Image.fromarray(corpus.pixels(number)[0]) for number in self.numbers]
         self.names = [corpus.pictures[number].name for number in self.numbers]
         pixels = np.stack([preprocess(picture, image_size_px, CROP_SHARE) for picture in self.pictures])
         self._pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2)  # [N, 3, H, W]

@@ -18,7 +18,8 @@ from PIL import Image
 from mimco_deploy.drawings import draw
 from mimco_deploy.errors import DataError, ImageError
 from mimco_deploy.sources import Picture, find_pictures
-from mimco_deploy.training.config import DataConfig
+from mimco_deploy.training.augment import TwoViews
+from mimco_deploy.training.config import DataConfig, ViewsConfig
 from mimco_deploy.training.corpus import Corpus, load_corpus
 from tests.helpers import gallery, noise, save
 
@@ -193,8 +194,8 @@ def test_held_and_streamed_pictures_are_the_same(tmp_path: Path) -> None:
     assert streamed.held is None
     assert pixels(held) == pixels(streamed)
     assert held.fingerprint == streamed.fingerprint
-    sizes = [held.get(index)[0].size for index in range(5)]
-    assert sizes == [(40, 90), (128, 64), (64, 64), (10, 10), (129, 64)]
+    shapes = [held.get(index)[0].shape for index in range(5)]
+    assert shapes == [(90, 40, 3), (64, 128, 3), (64, 64, 3), (10, 10, 3), (64, 129, 3)]
 
 
 def test_a_corpus_that_decodes_larger_than_the_budget_is_streamed(tmp_path: Path) -> None:
@@ -203,7 +204,7 @@ def test_a_corpus_that_decodes_larger_than_the_budget_is_streamed(tmp_path: Path
     one_mib = DataConfig(sources=(str(tmp_path),), memory_mib=1, short_side_px=512, workers=0)
     corpus = load_corpus(one_mib)
     assert corpus.held is None
-    assert [corpus.get(index)[0].getpixel((0, 0)) for index in range(3)] == [(0, 0, 0), (1, 0, 0), (2, 0, 0)]
+    assert [corpus.get(index)[0][0, 0].tolist() for index in range(3)] == [[0, 0, 0], [1, 0, 0], [2, 0, 0]]
 
 
 @pytest.mark.parametrize(
@@ -308,8 +309,8 @@ def test_a_corpus_of_bad_pictures_only_is_refused(tmp_path: Path, held: bool) ->
     for path in gallery(tmp_path, 3):
         break_file(path)
 
-    def first() -> Image.Image:
-        return load_corpus(config(tmp_path, held=held, max_bad_share=0.99)).get(0)[0]
+    def first() -> object:
+        return load_corpus(config(tmp_path, held=held, max_bad_share=0.99)).get(0)
 
     with pytest.raises(DataError, match="none of 3 pictures can be decoded"):
         first()
@@ -356,8 +357,8 @@ def test_turned_and_transparent_pictures_come_upright_and_opaque(tmp_path: Path)
     (tmp_path / "turned.jpg").write_bytes(content.getvalue())
     Image.new("RGBA", (20, 20), (0, 0, 0, 0)).save(tmp_path / "clear.png")
     corpus = load_corpus(config(tmp_path))
-    assert [corpus.get(index)[0].size for index in range(2)] == [(20, 20), (32, 48)]
-    assert all(corpus.get(index)[0].mode == "RGB" for index in range(2))
+    assert [corpus.get(index)[0].shape for index in range(2)] == [(20, 20, 3), (48, 32, 3)]
+    assert all(corpus.get(index)[0].dtype == np.uint8 for index in range(2))
 
 
 ALL_BAD = """
@@ -417,7 +418,8 @@ def test_pixels_are_held_as_bytes_and_their_own(tmp_path: Path) -> None:
     corpus = load_corpus(config(tmp_path))
     assert corpus.held is not None
     before = corpus.held[0].copy()
-    picture, _ = corpus.get(0)
-    picture.paste((255, 0, 0), (0, 0, 32, 32))
+    make_views = TwoViews(corpus.held[0].shape[0], ViewsConfig(min_crop_scale=0.9))
+    for _ in range(20):
+        make_views(corpus.get(0)[0])
     assert corpus.held[0].dtype == np.uint8
     assert np.array_equal(corpus.held[0], before)

@@ -8,10 +8,11 @@ import random
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFilter
+from PIL import Image
 from torch import Tensor
 
 from mimco_deploy.drawings import draw
+from mimco_deploy.training import colour
 from mimco_deploy.training.augment import MaskedTwoViews, OneCrop, ToInput, TwoViews
 from mimco_deploy.training.config import MaskConfig, ViewsConfig
 from mimco_deploy.training.masking import mask_shape
@@ -182,13 +183,13 @@ def test_view_1_is_always_blurred_and_view_2_a_tenth_of_the_time() -> None:
 
 def test_blur_is_drawn_from_its_range_and_scales_with_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
     radii: list[float] = []
+    blur = colour._blur
 
-    class Spy(ImageFilter.GaussianBlur):
-        def __init__(self, radius: float) -> None:
-            radii.append(radius)
-            super().__init__(radius)
+    def spy(pixels: Tensor, sigma_px: float) -> Tensor:
+        radii.append(sigma_px)
+        return blur(pixels, sigma_px)
 
-    monkeypatch.setattr(ImageFilter, "GaussianBlur", Spy)
+    monkeypatch.setattr(colour, "_blur", spy)
     draw_pairs(draw("sky", 0, 40), 300, ViewsConfig(min_crop_scale=0.08, blur_radius_px=(0.1, 2.0)), 112)
     assert 0.05 <= min(radii) < 0.1
     assert 0.95 < max(radii) <= 1.0
