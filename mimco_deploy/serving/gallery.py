@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 from mimco_deploy.errors import IndexStoreError
 from mimco_deploy.serving.catalog import Catalog, Listed
-from mimco_deploy.serving.generations import current_generation
+from mimco_deploy.serving.generations import Generation
+from mimco_deploy.serving.inspect import read_current
 from mimco_deploy.serving.vectors import read_vectors
 
 
@@ -32,7 +33,10 @@ def read_gallery(index: Path) -> Gallery:
     Raises:
         IndexStoreError: there is none, it is broken, or holds no picture.
     """
-    generation = current_generation(index)
+    return read_current(index, lambda generation: _read(index, generation))
+
+
+def _read(index: Path, generation: Generation) -> Gallery:
     with Catalog(generation.catalog) as catalog, catalog.snapshot():
         files = list(catalog.listing())
         if not files:

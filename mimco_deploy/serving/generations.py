@@ -19,6 +19,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -101,6 +102,32 @@ def begin_generation(index: Path, fingerprint: str, dim: int) -> Generation:
         sync_dir(generation.path)
         sync_dir(index)
     return generation
+
+
+def refuse_to_pass_a_rebuild(index: Path) -> None:
+    """Refuse to put a rewrite in place of an index that another encoder was embedding anew when it was cut short.
+
+    A rewrite takes a higher number, so the rebuild would be swept away. One by the same encoder may go, since its
+    embeddings are those that the index holds. Call under `writer_lock`.
+
+    Raises:
+        IndexStoreError: there is such a rebuild, or no index.
+    """
+    current = current_generation(index)
+    begun = _generation(index, current.number + 1)
+    with Catalog(current.catalog) as catalog:
+        fingerprint = catalog.fingerprint
+    try:
+        with Catalog(begun.catalog) as catalog, catalog.snapshot():
+            rows, encoder = catalog.row_count(), catalog.made_by().get("encoder")
+    except IndexStoreError:
+        return  # nothing was begun, or nothing that a rebuild would go on with
+    if rows and catalog.fingerprint != fingerprint:
+        raise IndexStoreError(
+            f"{begun.path} holds {rows} embeddings by encoder {catalog.fingerprint[:12]}, whose reindex was cut short",
+            expected="it to be finished first, or that folder removed",
+            command="mimco index reindex" + (f" --encoder {shlex.quote(encoder)}" if encoder else ""),
+        )
 
 
 def take_over(index: Path, begun: Catalog, folders: Sequence[Path]) -> None:
@@ -213,7 +240,7 @@ def writer_lock(index: Path) -> Iterator[None]:
     """Be the only writer of an index while the block runs. The lock falls with the process, however it ends.
 
     Raises:
-        IndexStoreError: another process writes.
+        IndexStoreError: another process writes, or the file system has no locks.
     """
     with _explained(index):
         index.mkdir(parents=True, exist_ok=True)
@@ -227,6 +254,10 @@ def writer_lock(index: Path) -> Iterator[None]:
             raise IndexStoreError(
                 f"the index in {index} is being written by process {holder}", expected="one writer at a time"
             ) from None
+        except OSError as error:  # as some network file systems give
+            raise IndexStoreError(
+                f"the file system of {index} gives no locks ({error.strerror})", expected="a local disk"
+            ) from error
         with _explained(index):
             file.truncate(0)
             file.write(f"{os.getpid()}\n")

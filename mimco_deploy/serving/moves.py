@@ -30,7 +30,8 @@ from mimco_deploy.atomic import sync_dir, sync_file, write_bytes
 from mimco_deploy.errors import MoveError
 from mimco_deploy.serving.catalog import Catalog
 from mimco_deploy.serving.duplicates import Group, Member, is_as_listed
-from mimco_deploy.serving.generations import current_generation
+from mimco_deploy.serving.generations import Generation
+from mimco_deploy.serving.inspect import read_current
 from mimco_deploy.serving.scan import readable
 
 FORMAT_VERSION = 1
@@ -135,9 +136,7 @@ def undo_moves(file: Path) -> Moves:
 
 
 def _refuse_indexed(index: Path, folder: Path) -> None:
-    with Catalog(current_generation(index).catalog) as catalog, catalog.snapshot():
-        roots = [root.path for root in catalog.roots()]
-    for root in roots:
+    for root in read_current(index, _roots):
         walked = folder.is_relative_to(root) and not any(
             part.startswith(".") for part in folder.relative_to(root).parts
         )
@@ -147,6 +146,11 @@ def _refuse_indexed(index: Path, folder: Path) -> None:
                 f"{readable(folder)} {where} the indexed folder {readable(root)}",
                 expected=f"a folder elsewhere, or a hidden one such as {readable(root / '.duplicates')}",
             )
+
+
+def _roots(generation: Generation) -> list[Path]:
+    with Catalog(generation.catalog) as catalog, catalog.snapshot():
+        return [root.path for root in catalog.roots()]
 
 
 def _reason_to_stay(kept: Member, member: Member) -> str | None:

@@ -20,6 +20,7 @@ from mimco_deploy.serving.generations import (
     current_generation,
     newest_generation,
     promote,
+    refuse_to_pass_a_rebuild,
     stage_generation,
     switch_to,
     writer_lock,
@@ -55,10 +56,12 @@ def compact(index: Path) -> RewriteReport:
         index: the index folder.
 
     Raises:
-        IndexStoreError: there is none, it is not whole, another process writes, or the disk is full.
+        IndexStoreError: there is none, it is not whole, another encoder's rebuild of it was cut short and can go on,
+            another process writes, or the disk is full.
     """
     current_generation(index)  # before the lock makes a folder where there is no index
     with writer_lock(index):
+        refuse_to_pass_a_rebuild(index)  # before `repair` is named, which would drop it as well
         if wrong := verify(index):
             raise IndexStoreError(f"{index}: {'; '.join(wrong)}", command="mimco index repair")
         old = current_generation(index)

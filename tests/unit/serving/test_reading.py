@@ -13,12 +13,15 @@ import numpy as np
 import pytest
 
 from mimco_deploy.errors import IndexStoreError
-from mimco_deploy.serving import catalog, index, inspect, interchange
+from mimco_deploy.serving import catalog, index, inspect, interchange, moves
+from mimco_deploy.serving import gallery as whole_gallery
 from mimco_deploy.serving.catalog import Catalog
+from mimco_deploy.serving.duplicates import find_duplicates, find_leaks
 from mimco_deploy.serving.generations import current_generation
 from mimco_deploy.serving.index import ImageIndex
 from mimco_deploy.serving.inspect import fingerprint_of, recorded_encoder, status_of, verify
 from mimco_deploy.serving.interchange import export_index
+from mimco_deploy.serving.moves import Moves, move_duplicates
 from mimco_deploy.serving.rewrite import compact
 from mimco_deploy.serving.roots import forget_roots
 from mimco_deploy.serving.tuning import Budget, tune_index
@@ -78,6 +81,26 @@ def test_a_rewrite_meanwhile_is_no_damage(
 def test_a_rewrite_meanwhile_does_not_end_an_export(place: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     before_first(monkeypatch, interchange, step, partial(compact, place / "index"))
     assert export_index(place / "index", place / "out.npy") == COUNT + 2
+
+
+@pytest.mark.parametrize("step", ["Catalog", "read_vectors"])
+def test_a_rewrite_meanwhile_does_not_end_a_look_for_duplicates(
+    place: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    folder = place / "index"
+    with monkeypatch.context() as patch:
+        before_first(patch, whole_gallery, step, partial(compact, folder))
+        assert len(find_duplicates(folder)) == 2
+    with monkeypatch.context() as patch:
+        before_first(patch, whole_gallery, step, partial(compact, folder))
+        assert len(find_leaks(folder, place / "more", place / "photos").found) == 2
+    assert current_generation(folder).number == 3, "both times"
+
+
+def test_a_rewrite_meanwhile_does_not_end_a_move_of_duplicates(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before_first(monkeypatch, moves, "Catalog", partial(compact, place / "index"))
+    assert move_duplicates(place / "index", [], place / "aside") == Moves([], [])
+    assert current_generation(place / "index").number == 2
 
 
 READS: dict[str, Callable[[ImageIndex, Path], object]] = {

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import sqlite3
 import threading
@@ -18,6 +20,7 @@ from mimco_deploy.serving import update
 from mimco_deploy.serving.generations import begin_generation, current_generation, switch_to, writer_lock
 from mimco_deploy.serving.index import ImageIndex
 from mimco_deploy.serving.query import search_image
+from mimco_deploy.serving.rewrite import compact
 from mimco_deploy.serving.update import Progress, UpdateReport, update_index
 from tests.helpers import CountingEncoder, Embeddings, Images, gallery, noise, save
 
@@ -105,6 +108,39 @@ def test_a_rebuild_does_not_go_on_with_what_a_third_encoder_began(tmp_path: Path
         grow(tmp_path, FailingEncoder(8, 1, OTHER), rebuild=True)
     assert grow(tmp_path, CountingEncoder(seed=2, fingerprint="2" * 64), rebuild=True).embedded == 10
     assert ImageIndex.open(tmp_path / "index").fingerprint == "2" * 64
+
+
+@pytest.mark.parametrize(
+    ("encoder_path", "command"), [(None, ""), (Path("/an encoder.zip"), " --encoder '/an encoder.zip'")]
+)
+def test_a_compaction_drops_nothing_that_a_killed_rebuild_embedded(
+    tmp_path: Path, encoder_path: Path | None, command: str
+) -> None:
+    gallery(tmp_path / "a", 10)
+    index = tmp_path / "index"
+    grow(tmp_path, CountingEncoder(), tmp_path / "a")
+    with pytest.raises(Killed):
+        update_index(index, [], FailingEncoder(8, 1, OTHER), batch_size=4, rebuild=True, encoder_path=encoder_path)
+    refusal = (
+        f"{index / '000002'} holds 8 embeddings by encoder {OTHER[:12]}, whose reindex was cut short; "
+        f"expected it to be finished first, or that folder removed; run: mimco index reindex{command}"
+    )
+    with pytest.raises(IndexStoreError, match=f"^{re.escape(refusal)}$"):
+        compact(index)
+    assert grow(tmp_path, CountingEncoder(seed=1, fingerprint=OTHER), rebuild=True).embedded == 2
+    assert compact(index).files == 10
+
+
+@pytest.mark.parametrize(
+    "encoder", [FailingEncoder(0, 1, OTHER), FailingEncoder(8, 0, "f" * 64)], ids=["nothing embedded", "the same"]
+)
+def test_a_compaction_passes_a_killed_rebuild_that_nobody_misses(tmp_path: Path, encoder: FailingEncoder) -> None:
+    gallery(tmp_path / "a", 10)
+    grow(tmp_path, CountingEncoder(), tmp_path / "a")
+    with pytest.raises(Killed):
+        grow(tmp_path, encoder, rebuild=True)
+    assert compact(tmp_path / "index").files == 10
+    assert folders(tmp_path / "index") == ["000003"]
 
 
 def test_a_reader_of_an_index_that_another_encoder_rebuilt_is_refused(tmp_path: Path) -> None:
@@ -250,6 +286,17 @@ def test_a_second_writer_is_refused_with_the_process_of_the_first(tmp_path: Path
     with writer_lock(tmp_path / "index"), pytest.raises(IndexStoreError, match=message):
         grow(tmp_path, CountingEncoder(), tmp_path / "a")
     assert grow(tmp_path, CountingEncoder(), tmp_path / "a").counts.files == 2
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    refusal = f"the file system of {tmp_path / 'index'} gives no locks ({os.strerror(code)}); expected a local disk"
+    with pytest.raises(IndexStoreError, match=f"^{re.escape(refusal)}$"):
+        grow(tmp_path, CountingEncoder(), gallery(tmp_path / "a", 2)[0].parent)
 
 
 def test_the_lock_is_held_during_the_whole_of_a_rebuild(tmp_path: Path) -> None:
