@@ -17,15 +17,15 @@ import os
 import re
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mimco_deploy.errors import ConfigError
 from mimco_deploy.serving.catalog import Listed, as_listed
-from mimco_deploy.serving.interchange import import_pyarrow
 from mimco_deploy.serving.scan import readable
+from mimco_deploy.serving.side_table import SideTable, read_side_table
 
 COLUMNS = {
     "path": "absolute",
@@ -270,12 +270,12 @@ class FilteredFiles:
             stamp = table.stat().st_mtime_ns
             if self._table != (table, stamp):
                 self._table = None
-                self._key = self._load(_read(table), table)
+                self._key = self._load(read_side_table(table), table)
                 self._table = (table, stamp)
         except (OSError, ValueError, sqlite3.Error, csv.Error) as error:
             raise ConfigError(f"{readable(table)} cannot be read ({error})", expected="CSV or Parquet") from error
 
-    def _load(self, side: _Side, table: Path) -> str:
+    def _load(self, side: SideTable, table: Path) -> str:
         """Copy the table into a temporary one; returns what its key is."""
         names = side.names
         key = next((wanted for wanted in _KEYS if wanted in names), None)
@@ -318,72 +318,6 @@ def _allowed(action: int, first: str | None, second: str | None, database: str |
     if action == sqlite3.SQLITE_FUNCTION and second in _SAFE_FUNCTIONS:
         return sqlite3.SQLITE_OK
     return sqlite3.SQLITE_DENY
-
-
-@dataclass(frozen=True)
-class _Side:
-    """A side table as it is read."""
-
-    names: list[str]
-    kinds: list[str]
-    """NUMERIC, where what looks like a number is one, or TEXT."""
-    rows: Iterable[Sequence[object]]
-
-
-def _read(table: Path) -> _Side:
-    if table.suffix.lower() == ".parquet":
-        return _read_parquet(table)
-    rows = _csv_rows(table)
-    names = next(rows, [])
-    codes = [False] * len(names)
-    for row in rows:
-        codes = [seen or _CODE.match(field) is not None for seen, field in zip(codes, row, strict=True)]
-    rows = _csv_rows(table)
-    next(rows, [])
-    return _Side(
-        names, ["TEXT" if code else "NUMERIC" for code in codes], ([_no_text(field) for field in row] for row in rows)
-    )
-
-
-_CODE = re.compile(r"0\d")
-"""No number for whoever wrote it: its zeros count."""
-
-
-def _no_text(field: str) -> str | None:
-    """An empty field says nothing, as NULL does; as a text it would be above all numbers."""
-    return None if field == "" or field.lower() == "nan" else field
-
-
-def _csv_rows(table: Path) -> Iterator[list[str]]:
-    with table.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        width = 0
-        for row in csv.reader(file):
-            width = width or len(row)
-            if len(row) != width:
-                raise ValueError(f"a row of {len(row)} fields where the first has {width}")
-            yield [readable(field) for field in row]
-
-
-def _read_parquet(table: Path) -> _Side:
-    pyarrow = import_pyarrow()
-    file = pyarrow.parquet.ParquetFile(table)
-    fields = [one for one in file.schema_arrow if not pyarrow.types.is_nested(one.type)]
-    names = [one.name for one in fields]
-
-    def rows() -> Iterator[Sequence[object]]:
-        with file:
-            for batch in file.iter_batches(columns=names):
-                for row in batch.to_pylist():
-                    yield [_plain(row[name]) for name in names]
-
-    numbers = [pyarrow.types.is_integer(one.type) or pyarrow.types.is_floating(one.type) for one in fields]
-    return _Side(names, ["NUMERIC" if number else "TEXT" for number in numbers], rows())
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        return str(value)  # SQLite has no such integers
-    return value if isinstance(value, int | float | str | bytes | None) else str(value)
 
 
 def _quoted(name: str) -> str:
