@@ -29,7 +29,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
-from types import TracebackType, UnionType
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,8 +43,6 @@ logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2
 BUDGET, MADE_BY = "neighbours_budget", "made_by"
-_KEPT_SETTINGS = {BUDGET, MADE_BY}
-"""What outlives a rewrite of the index: all but what is derived from its rows."""
 _WAIT_S = 60.0
 _MAX_VARIABLES = 30_000
 """In one statement; SQLite takes 32,766."""
@@ -56,7 +54,7 @@ _LEFT_BEHIND = {
     sqlite3.SQLITE_READONLY_CANTLOCK,
     sqlite3.SQLITE_READONLY_RECOVERY,
 }
-_CONTENT = "sha256, crc32, width_px, height_px, taken, camera"
+CONTENT = "sha256, crc32, width_px, height_px, taken, camera"
 _SCHEMA = """
 CREATE TABLE settings (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE roots (id INTEGER PRIMARY KEY, path BLOB NOT NULL UNIQUE);
@@ -161,7 +159,7 @@ def create_catalog(path: Path, fingerprint: str, dim: int) -> None:
         dim: D, length of an embedding.
     """
     settings = {"format_version": FORMAT_VERSION, "fingerprint": fingerprint, "embedding_dim": dim, "revision": 0}
-    with _explained(path), contextlib.closing(_connect(path, "rwc")) as connection:
+    with explained(path), contextlib.closing(connect(path, "rwc")) as connection:
         connection.executescript(f"BEGIN; {_SCHEMA}")
         connection.executemany(
             "INSERT INTO settings VALUES (?, ?)", [(key, str(value)) for key, value in settings.items()]
@@ -185,8 +183,8 @@ class Catalog:
 
     def __init__(self, path: Path, *, private: bool = False) -> None:
         self._path = path
-        with _explained(path):
-            self._db = _connect(path, "rw")
+        with explained(path):
+            self._db = connect(path, "rw")
         try:
             with self.snapshot():
                 if (version := self._setting("format_version")) != str(FORMAT_VERSION):
@@ -235,7 +233,7 @@ class Catalog:
     @contextlib.contextmanager
     def snapshot(self) -> Iterator[None]:
         """Read one state of the catalogue, whatever a writer does meanwhile."""
-        with _explained(self._path):
+        with explained(self._path):
             self._db.execute("BEGIN")
             try:
                 yield
@@ -245,7 +243,7 @@ class Catalog:
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
         """Change the catalogue: all of the block or, after an error or a crash, nothing of it."""
-        with _explained(self._path):
+        with explained(self._path):
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield
@@ -357,7 +355,7 @@ class Catalog:
     def listing(self) -> Iterator[Listed]:
         """Every file that a search can return, by root and path."""
         for root, path, size, mtime_ns, row, sha256, _, *facts in self._db.execute(
-            f"SELECT roots.path, files.path, size, mtime_ns, row, {_CONTENT} FROM files JOIN contents USING (row)"
+            f"SELECT roots.path, files.path, size, mtime_ns, row, {CONTENT} FROM files JOIN contents USING (row)"
             " JOIN roots ON roots.id = root_id ORDER BY root_id, files.path"
         ):
             yield as_listed(root, path, size, mtime_ns, row, sha256, *facts)
@@ -367,7 +365,7 @@ class Catalog:
         return [
             as_listed(root, path, size, mtime_ns, row, sha256, *facts)
             for root, path, size, mtime_ns, row, _, _, *facts in self._db.execute(
-                f"SELECT roots.path, files.path, size, mtime_ns, row, {_CONTENT} FROM contents JOIN files USING (row)"
+                f"SELECT roots.path, files.path, size, mtime_ns, row, {CONTENT} FROM contents JOIN files USING (row)"
                 " JOIN roots ON roots.id = root_id WHERE sha256 = ? ORDER BY roots.path, files.path",
                 (sha256,),
             )
@@ -438,7 +436,7 @@ class Catalog:
     def add_contents(self, first_row: int, contents: Iterable[NewContent]) -> None:
         """Count new rows, numbered from `first_row`."""
         self._db.executemany(
-            f"INSERT INTO contents (row, {_CONTENT}) VALUES (?, ?, ?, ?, ?, ?, ?)",
+            f"INSERT INTO contents (row, {CONTENT}) VALUES (?, ?, ?, ?, ?, ?, ?)",
             ((row, new.sha256, new.crc32, *astuple(new.facts)) for row, new in enumerate(contents, first_row)),
         )
 
@@ -467,131 +465,16 @@ class Catalog:
         return self._db.executemany("DELETE FROM files WHERE root_id = ? AND path = ?", keys).rowcount if keys else 0
 
 
-class Salvage:
-    """All that can still be read of a catalogue, damaged or not. Use as a context manager.
-
-    A damaged page ends a table's reading; what lies behind it is read from the other end.
-
-    Args:
-        path: the file.
-
-    Raises:
-        IndexStoreError: it is no catalogue, or its settings cannot be read.
-    """
-
-    def __init__(self, path: Path) -> None:
-        with _explained(path):
-            self._db = _connect(path, "rw")
-        self._db.text_factory = lambda text: text.decode("utf-8", "replace")
-        try:
-            with _explained(path):
-                self._settings = dict(self._db.execute("SELECT key, value FROM settings"))
-            if self._settings.get("format_version") != str(FORMAT_VERSION):
-                raise IndexStoreError(
-                    f"{path} has format version {self._settings.get('format_version')}", expected=str(FORMAT_VERSION)
-                )
-            self.embedding_dim = int(self._settings["embedding_dim"])
-            self._fingerprint = self._settings["fingerprint"]
-        except (KeyError, ValueError) as error:
-            self._db.close()
-            raise IndexStoreError(f"{path} lacks settings ({error})", expected="a catalogue") from error
-        except BaseException:
-            self._db.close()
-            raise
-
-    def __enter__(self) -> Salvage:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._db.close()
-
-    def crc32s(self) -> Iterator[tuple[int, int]]:
-        """Row and CRC-32 of its embedding, of the contents that `copy_to` copies."""
-        return ((row, crc32) for row, _, crc32, *_ in self._contents())
-
-    def copy_to(self, path: Path, new_rows: npt.NDArray[np.int64]) -> int:
-        """Write another catalogue with the same folders, and contents, files and problems under other row numbers.
-
-        Args:
-            path: file to make.
-            new_rows: [N], new number of each row; −1 where it is left out, with its files.
-
-        Returns:
-            How many files were left out with their rows.
-        """
-        create_catalog(path, self._fingerprint, self.embedding_dim)
-        left_out = 0
-
-        def files() -> Iterator[tuple[Any, ...]]:
-            nonlocal left_out
-            for root, name, size, mtime_ns, row in self._rows(
-                "root_id, path, size, mtime_ns, row", "files", ("root_id", "path"), (int, bytes, int, int, int)
-            ):
-                if 0 <= row < len(new_rows) and new_rows[row] >= 0:
-                    yield root, name, size, mtime_ns, int(new_rows[row])
-                else:
-                    left_out += 1
-
-        contents = (
-            (int(new_rows[row]), *content)
-            for row, *content in self._contents()
-            if 0 <= row < len(new_rows) and new_rows[row] >= 0
-        )
-        problems = self._rows(
-            "root_id, path, size, mtime_ns, problem, found",
-            "problems",
-            ("root_id", "path"),
-            (int, bytes, int, int, str, str),
-        )
-        kept = [(key, value) for key, value in self._settings.items() if key in _KEPT_SETTINGS]
-        with _explained(path), contextlib.closing(_connect(path, "rw")) as new:
-            new.execute("PRAGMA foreign_keys = OFF")  # what names a lost row is taken out below
-            new.execute("BEGIN")
-            new.executemany("INSERT OR REPLACE INTO settings VALUES (?, ?)", kept)
-            new.executemany(
-                "INSERT OR IGNORE INTO roots VALUES (?, ?)", self._rows("id, path", "roots", ("id",), (int, bytes))
-            )
-            new.executemany(f"INSERT OR IGNORE INTO contents (row, {_CONTENT}) VALUES (?, ?, ?, ?, ?, ?, ?)", contents)
-            new.executemany("INSERT OR IGNORE INTO files VALUES (?, ?, ?, ?, ?)", files())
-            new.executemany("INSERT OR IGNORE INTO problems VALUES (?, ?, ?, ?, ?, ?)", problems)
-            for table in ("files", "problems"):
-                new.execute(f"DELETE FROM {table} WHERE root_id NOT IN (SELECT id FROM roots)")
-            left_out += new.execute("DELETE FROM files WHERE row NOT IN (SELECT row FROM contents)").rowcount
-            new.execute("COMMIT")
-        return left_out
-
-    def _contents(self) -> Iterator[tuple[Any, ...]]:
-        types = (int, bytes, int, int | None, int | None, str | None, str | None)
-        for content in self._rows(f"row, {_CONTENT}", "contents", ("row",), types):
-            if len(content[1]) == 32:
-                yield content
-
-    def _rows(
-        self, columns: str, table: str, keys: tuple[str, ...], types: tuple[type | UnionType, ...]
-    ) -> Iterator[tuple[Any, ...]]:
-        """Rows of a table from its beginning; behind a damaged page, from its end. A row may come twice.
-
-        Rows with a value of another type are passed over: the type is stored beside each value, and may be damaged.
-        """
-        for order in ("ASC", "DESC"):
-            by = ", ".join(f"{key} {order}" for key in keys)
-            try:
-                for row in self._db.execute(f"SELECT {columns} FROM {table} ORDER BY {by}"):
-                    if all(map(isinstance, row, types)):
-                        yield row
-            except sqlite3.DatabaseError as error:
-                logger.warning("the table %s is damaged: %s", table, error)
-            else:
-                return
-
-
 def _absolute(root: bytes, path: bytes) -> Path:
     return Path(os.fsdecode(os.path.join(root, path)))  # noqa: PTH118  # one Path instead of two: there are many
 
 
-def _connect(path: Path, mode: str) -> sqlite3.Connection:
+def connect(path: Path, mode: str) -> sqlite3.Connection:
+    """Open the file, `ro` or `rw`.
+
+    Raises:
+        sqlite3.Error: see `explained`.
+    """
     address = f"{path.absolute().as_uri()}?mode={mode}"
     connection = sqlite3.connect(address, uri=True, timeout=_WAIT_S, isolation_level=None, check_same_thread=False)
     try:
@@ -604,7 +487,8 @@ def _connect(path: Path, mode: str) -> sqlite3.Connection:
 
 
 @contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Iterator[None]:
+    """Turn what SQLite raises in the block into IndexStoreError, with the next command."""
     try:
         yield
     except sqlite3.Error as error:

@@ -27,7 +27,8 @@ from pathlib import Path
 
 from mimco_deploy.atomic import sync_dir, write_bytes
 from mimco_deploy.errors import EncoderMismatchError, IndexStoreError
-from mimco_deploy.serving.catalog import BUDGET, Catalog, Salvage, create_catalog
+from mimco_deploy.serving.catalog import BUDGET, Catalog, create_catalog
+from mimco_deploy.serving.salvage import Salvage
 from mimco_deploy.serving.vectors import create_vectors, read_vectors
 
 FORMAT_VERSION = 1

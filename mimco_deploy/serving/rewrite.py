@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mimco_deploy.errors import IndexStoreError
-from mimco_deploy.serving.catalog import Catalog, Salvage
+from mimco_deploy.serving.catalog import Catalog
 from mimco_deploy.serving.generations import (
     Generation,
     current_generation,
@@ -26,6 +26,7 @@ from mimco_deploy.serving.generations import (
     writer_lock,
 )
 from mimco_deploy.serving.inspect import ROWS_AT_ONCE, damaged_rows, verify
+from mimco_deploy.serving.salvage import Salvage
 from mimco_deploy.serving.tuning import keep_tuned
 from mimco_deploy.serving.vectors import VectorWriter, create_vectors, salvage_vectors
 

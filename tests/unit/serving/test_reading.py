@@ -169,9 +169,9 @@ def test_a_journal_that_only_the_owner_can_roll_back_is_explained(place: Path, m
         saved = [(path, shutil.copy(path, place / path.name)) for path in (file, journal)]
     for path, copy in saved:
         shutil.copy(copy, path)  # as a kill would have left them
-    real = catalog._connect
+    real = catalog.connect
     with monkeypatch.context() as patch:
-        patch.setattr(catalog, "_connect", lambda path, _: real(path, "ro"))  # root may write everywhere
+        patch.setattr(catalog, "connect", lambda path, _: real(path, "ro"))  # root may write everywhere
         with pytest.raises(IndexStoreError) as refused:
             status_of(place / "index")
     expected = "its last writer was killed; expected its owner to run once: mimco index"

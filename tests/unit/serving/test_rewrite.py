@@ -16,11 +16,12 @@ import pytest
 
 from mimco_deploy.errors import IndexStoreError
 from mimco_deploy.serving import rewrite
-from mimco_deploy.serving.catalog import Catalog, Problem, Salvage
+from mimco_deploy.serving.catalog import Catalog, Problem
 from mimco_deploy.serving.generations import Generation, begin_generation, current_generation, writer_lock
 from mimco_deploy.serving.index import Hit, ImageIndex
 from mimco_deploy.serving.inspect import status_of, verify
 from mimco_deploy.serving.rewrite import compact, repair
+from mimco_deploy.serving.salvage import Salvage
 from mimco_deploy.serving.tuning import Budget, tune_index
 from mimco_deploy.serving.update import UpdateReport, update_index
 from tests.helpers import DIM, CountingEncoder, Embeddings, gallery, noise, save
@@ -518,7 +519,7 @@ CRASH = """
 import os, sys
 from pathlib import Path
 from mimco_deploy.serving import generations, rewrite
-from mimco_deploy.serving.catalog import Salvage
+from mimco_deploy.serving.salvage import Salvage
 
 index, name, step, when = sys.argv[1:]
 owner = {"copy_to": Salvage, "write_bytes": generations, "sweep": generations}.get(step, rewrite)
