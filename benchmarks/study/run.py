@@ -201,7 +201,8 @@ def main() -> None:
                     sys.exit(f"{result} was made with another teacher, preset, length or set of pictures")
                 continue
             if arguments.train_only:
-                train_row(student_config(ROWS[name], seed, arguments), arguments.out / f"{name}-seed{seed}")
+                if name in ROWS:  # the others are not trained here
+                    train_row(student_config(ROWS[name], seed, arguments), arguments.out / f"{name}-seed{seed}")
                 continue
             document = {"row": name, "seed": seed, "made with": made_with, **_run(name, seed, task, arguments)}
             write_bytes(result, (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())

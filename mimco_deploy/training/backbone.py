@@ -79,7 +79,7 @@ class Backbone(nn.Module):
             init_as_mocov3(model)
         projection = getattr(getattr(model, "patch_embed", None), "proj", None)
         if type(projection) is nn.Conv2d and projection.stride == projection.kernel_size:
-            projection.__class__ = _PatchProjection
+            projection.__class__ = _PatchProjection  # its weights and their names stay; only how it computes is another
         self.config = config
         self.body = model
         self._is_swin = isinstance(model, SwinTransformer)
