@@ -3,7 +3,7 @@
     settings  key, value                                   format_version, fingerprint, embedding_dim, revision, …
     roots     id, path                                     the indexed folders, absolute
     contents  row, sha256, crc32, files, facts             row = position in `vectors.f32`; a content is embedded once
-    files     root_id, path, size, mtime_ns, row           what a search can return
+    files     root_id, path, size, mtime_ns, row, …        what a search can return; the rest is for conditions
     problems  root_id, path, size, mtime_ns, problem, found  files that are not pictures, and why
 
 Copies, moved and renamed files share the row of their content. A row that no file names is dead: never a hit, alive
@@ -38,10 +38,10 @@ import numpy.typing as npt
 from mimco_deploy.errors import IndexStoreError
 from mimco_deploy.images import Facts
 from mimco_deploy.serving.scan import Stamp
+from mimco_deploy.serving.schema import FORMAT_VERSION, SCHEMA, WITHOUT_PARTS_OF_PATHS, parts_of, upgrade
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 2
 BUDGET, MADE_BY = "neighbours_budget", "made_by"
 _WAIT_S = 60.0
 _MAX_VARIABLES = 30_000
@@ -55,36 +55,6 @@ _LEFT_BEHIND = {
     sqlite3.SQLITE_READONLY_RECOVERY,
 }
 CONTENT = "sha256, crc32, width_px, height_px, taken, camera"
-_SCHEMA = """
-CREATE TABLE settings (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE roots (id INTEGER PRIMARY KEY, path BLOB NOT NULL UNIQUE);
-CREATE TABLE contents (
-    row INTEGER PRIMARY KEY, sha256 BLOB NOT NULL UNIQUE, crc32 INTEGER NOT NULL,
-    width_px INTEGER, height_px INTEGER, taken TEXT, camera TEXT, files INTEGER NOT NULL DEFAULT 0
-);
-CREATE INDEX dead_contents ON contents (row) WHERE files = 0;
-CREATE TABLE files (
-    root_id INTEGER NOT NULL REFERENCES roots (id), path BLOB NOT NULL,
-    size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, row INTEGER NOT NULL REFERENCES contents (row),
-    PRIMARY KEY (root_id, path)
-) WITHOUT ROWID;
-CREATE INDEX files_by_row ON files (row);
-CREATE TRIGGER file_added AFTER INSERT ON files BEGIN
-    UPDATE contents SET files = files + 1 WHERE row = NEW.row;
-END;
-CREATE TRIGGER file_dropped AFTER DELETE ON files BEGIN
-    UPDATE contents SET files = files - 1 WHERE row = OLD.row;
-END;
-CREATE TRIGGER file_changed AFTER UPDATE OF row ON files BEGIN
-    UPDATE contents SET files = files - 1 WHERE row = OLD.row;
-    UPDATE contents SET files = files + 1 WHERE row = NEW.row;
-END;
-CREATE TABLE problems (
-    root_id INTEGER NOT NULL REFERENCES roots (id), path BLOB NOT NULL,
-    size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, problem TEXT NOT NULL, found TEXT NOT NULL,
-    PRIMARY KEY (root_id, path)
-) WITHOUT ROWID;
-"""
 
 
 @dataclass(frozen=True)
@@ -160,7 +130,7 @@ def create_catalog(path: Path, fingerprint: str, dim: int) -> None:
     """
     settings = {"format_version": FORMAT_VERSION, "fingerprint": fingerprint, "embedding_dim": dim, "revision": 0}
     with explained(path), contextlib.closing(connect(path, "rwc")) as connection:
-        connection.executescript(f"BEGIN; {_SCHEMA}")
+        connection.executescript(f"BEGIN; {SCHEMA}")
         connection.executemany(
             "INSERT INTO settings VALUES (?, ?)", [(key, str(value)) for key, value in settings.items()]
         )
@@ -186,6 +156,11 @@ class Catalog:
         with explained(path):
             self._db = connect(path, "rw")
         try:
+            with self.snapshot():
+                version = self._setting("format_version")
+            if version == str(WITHOUT_PARTS_OF_PATHS):
+                with explained(path):
+                    upgrade(self._db)
             with self.snapshot():
                 if (version := self._setting("format_version")) != str(FORMAT_VERSION):
                     raise IndexStoreError(
@@ -409,8 +384,9 @@ class Catalog:
         prefix = os.fsencode(inner.path.relative_to(outer.path)) + b"/"
         for table in ("files", "problems"):
             paths = [path for (path,) in self._db.execute(f"SELECT path FROM {table} WHERE root_id = ?", (inner.id,))]
+            moved = f", name_at = name_at + {len(prefix)}" if table == "files" else ""
             self._db.executemany(
-                f"UPDATE {table} SET root_id = ?, path = ? WHERE root_id = ? AND path = ?",
+                f"UPDATE {table} SET root_id = ?, path = ?{moved} WHERE root_id = ? AND path = ?",
                 [(outer.id, prefix + path, inner.id, path) for path in paths],
             )
         self._db.execute("DELETE FROM roots WHERE id = ?", (inner.id,))
@@ -442,11 +418,12 @@ class Catalog:
 
     def put_file(self, root: Root, path: str, stamp: Stamp, row: int) -> None:
         """Record that a file holds the content of a row."""
-        self._db.execute("DELETE FROM problems WHERE root_id = ? AND path = ?", (root.id, os.fsencode(path)))
+        name = os.fsencode(path)
+        self._db.execute("DELETE FROM problems WHERE root_id = ? AND path = ?", (root.id, name))
         self._db.execute(
-            "INSERT INTO files VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE"
+            "INSERT INTO files VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE"
             " SET size = excluded.size, mtime_ns = excluded.mtime_ns, row = excluded.row",
-            (root.id, os.fsencode(path), *stamp, row),
+            (root.id, name, *stamp, row, *parts_of(name)),
         )
 
     def put_problem(self, root: Root, path: str, stamp: Stamp, problem: str, found: str) -> None:

@@ -22,6 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from mimco_deploy.errors import ConfigError
 from mimco_deploy.serving.catalog import Listed, as_listed
 from mimco_deploy.serving.scan import readable
@@ -47,18 +50,17 @@ _FILES, _FILES_OF_ROWS = "mimco_files", "mimco_files_of_rows"
 # Left to itself SQLite reads all files by the index of their rows, which takes eight times as long where the condition
 # names what is not in it; that index is for the files of a few rows. The other is the table's own order.
 _ORDERS = {_FILES: "INDEXED BY sqlite_autoindex_files_1", _FILES_OF_ROWS: "INDEXED BY files_by_row"}
-# The parts of a path by functions of Python: what SQLite can do with `rtrim` and `replace` took twice as long.
 # The indexed folders, which are few, stand in it as they are: to join them takes a third of a condition on paths.
 _VIEW = """
 CREATE TEMP VIEW {name} AS SELECT
     roots.path AS root_bytes, files.root_id AS root_id, files.path AS path_bytes, files.row AS row,
     {above} || CAST(files.path AS TEXT) AS path,
-    mimco_folder(roots.path, files.path) AS folder, mimco_name(files.path) AS name, mimco_suffix(files.path) AS suffix,
+    CASE files.name_at WHEN 1 THEN {root}
+        ELSE {above} || CAST(substr(files.path, 1, files.name_at - 2) AS TEXT) END AS folder,
+    CAST(substr(files.path, files.name_at) AS TEXT) AS name, files.suffix AS suffix,
     {root} AS root,
     files.size AS bytes, files.mtime_ns AS mtime_ns,
-    strftime('%Y-%m-%dT%H:%M:%S', files.mtime_ns / 1000000000, 'unixepoch') AS modified,
-    contents.taken AS taken,
-    coalesce(contents.taken, strftime('%Y-%m-%dT%H:%M:%S', files.mtime_ns / 1000000000, 'unixepoch')) AS date,
+    files.modified AS modified, contents.taken AS taken, coalesce(contents.taken, files.modified) AS date,
     contents.width_px AS width_px, contents.height_px AS height_px,
     CASE WHEN contents.width_px > contents.height_px THEN 'landscape'
          WHEN contents.width_px < contents.height_px THEN 'portrait'
@@ -93,7 +95,7 @@ _SAFE_FUNCTIONS = frozenset(
         "julianday",
         "strftime",
     }
-    | {"time", "unicode", "typeof", "sign", "mimco_folder", "mimco_name", "mimco_suffix"}
+    | {"time", "unicode", "typeof", "sign"}
 )
 _SIDE = "mimco_side"
 _READABLE = frozenset({"files", "roots", "contents", _FILES, _FILES_OF_ROWS, _SIDE})
@@ -139,18 +141,20 @@ class FilteredFiles:
         self._table: tuple[Path, int] | None = None
         self._key = ""
         self._side_columns: list[str] = []
-        for name, count, function in (("folder", 2, _folder), ("name", 1, _name), ("suffix", 1, _suffix)):
-            connection.create_function(f"mimco_{name}", count, function, deterministic=True)
         self._roots: list[tuple[int, bytes]] | None = None
         self._define_views()
 
-    def rows(self, condition: Filter) -> list[int]:
+    def rows(self, condition: Filter) -> npt.NDArray[np.int64]:
         """Rows of the vector store with at least one file for which the condition holds.
+
+        Returns:
+            [N], rising.
 
         Raises:
             ConfigError: it is no condition, names what is not there, or takes too long.
         """
-        return [row for (row,) in self._select("SELECT DISTINCT row", _FILES, condition, "")]
+        found = self._select("SELECT row", _FILES, condition, "")  # DISTINCT would take as long again
+        return np.unique(np.fromiter((row for (row,) in found), np.int64, len(found)))
 
     def files(self, condition: Filter, rows: Sequence[int]) -> set[tuple[int, Path]]:
         """Row and absolute path of the files of some rows for which the condition holds."""
@@ -322,16 +326,3 @@ def _allowed(action: int, first: str | None, second: str | None, database: str |
 
 def _quoted(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
-
-
-def _folder(root: bytes, path: bytes) -> str:
-    return (root + b"/" + path).rpartition(b"/")[0].decode("utf-8", "replace")
-
-
-def _name(path: bytes) -> str:
-    return path.rpartition(b"/")[2].decode("utf-8", "replace")
-
-
-def _suffix(path: bytes) -> str:
-    name = _name(path)
-    return name[name.rfind(".") :].lower() if "." in name[1:] else ""

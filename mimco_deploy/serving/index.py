@@ -372,7 +372,7 @@ def _within(state: _State, connection: _Connection, condition: Filter) -> Search
     found = state.filtered.get(condition) if condition.table is None else None  # a table may change
     if found is None:
         assert connection.filters is not None
-        found = state.searcher.within(np.sort(np.array(connection.filters.rows(condition), np.int64)))
+        found = state.searcher.within(connection.filters.rows(condition))
         if len(state.filtered) >= _REMEMBERED:
             state.filtered.clear()
         state.filtered[condition] = found

@@ -17,12 +17,12 @@ from mimco_deploy.errors import IndexStoreError
 from mimco_deploy.serving.catalog import (
     BUDGET,
     CONTENT,
-    FORMAT_VERSION,
     MADE_BY,
     connect,
     create_catalog,
     explained,
 )
+from mimco_deploy.serving.schema import FORMAT_VERSION, WITHOUT_PARTS_OF_PATHS, parts_of
 
 logger = logging.getLogger(__name__)
 
@@ -49,10 +49,9 @@ class Salvage:
         try:
             with explained(path):
                 self._settings = dict(self._db.execute("SELECT key, value FROM settings"))
-            if self._settings.get("format_version") != str(FORMAT_VERSION):
-                raise IndexStoreError(
-                    f"{path} has format version {self._settings.get('format_version')}", expected=str(FORMAT_VERSION)
-                )
+            version = self._settings.get("format_version")
+            if version not in (str(WITHOUT_PARTS_OF_PATHS), str(FORMAT_VERSION)):
+                raise IndexStoreError(f"{path} has format version {version}", expected=str(FORMAT_VERSION))
             self.embedding_dim = int(self._settings["embedding_dim"])
             self._fingerprint = self._settings["fingerprint"]
         except (KeyError, ValueError) as error:
@@ -93,7 +92,7 @@ class Salvage:
                 "root_id, path, size, mtime_ns, row", "files", ("root_id", "path"), (int, bytes, int, int, int)
             ):
                 if 0 <= row < len(new_rows) and new_rows[row] >= 0:
-                    yield root, name, size, mtime_ns, int(new_rows[row])
+                    yield root, name, size, mtime_ns, int(new_rows[row]), *parts_of(name)
                 else:
                     left_out += 1
 
@@ -117,7 +116,7 @@ class Salvage:
                 "INSERT OR IGNORE INTO roots VALUES (?, ?)", self._rows("id, path", "roots", ("id",), (int, bytes))
             )
             new.executemany(f"INSERT OR IGNORE INTO contents (row, {CONTENT}) VALUES (?, ?, ?, ?, ?, ?, ?)", contents)
-            new.executemany("INSERT OR IGNORE INTO files VALUES (?, ?, ?, ?, ?)", files())
+            new.executemany("INSERT OR IGNORE INTO files VALUES (?, ?, ?, ?, ?, ?, ?)", files())
             new.executemany("INSERT OR IGNORE INTO problems VALUES (?, ?, ?, ?, ?, ?)", problems)
             for table in ("files", "problems"):
                 new.execute(f"DELETE FROM {table} WHERE root_id NOT IN (SELECT id FROM roots)")

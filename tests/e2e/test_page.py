@@ -144,6 +144,25 @@ def test_a_dropped_and_a_pasted_picture_are_searched(page: Any, own: Place) -> N
         page.reload()
 
 
+def test_an_uploaded_picture_outlives_the_page_but_not_the_browser(browser: Any, page: Any, own: Place) -> None:
+    search_with(page, own.picture(5), own.picture(7))
+    hits, address = names(page), page.url
+    page.reload()
+    until(page, f"document.querySelectorAll('#hits .line').length === {len(hits)}")
+    assert names(page) == hits
+    page.locator("#parts [data-role=remove]").nth(1).click()
+    until(page, "document.querySelector('#hits .line + .name')?.innerText === '0005.png'")
+    other = browser.new_context()
+    elsewhere = other.new_page()
+    elsewhere.goto(address)
+    elsewhere.wait_for_selector("#nothing:visible")
+    assert "not kept any more" in elsewhere.inner_text("#nothing")
+    elsewhere.set_input_files("#files", [str(own.picture(5))])
+    until(elsewhere, "document.querySelector('#hits .line + .name')?.innerText === '0005.png'")
+    assert not elsewhere.is_visible("#nothing")
+    other.close()
+
+
 def test_a_filter_narrows_and_a_wrong_one_is_explained(page: Any, own: Place) -> None:
     search_with(page, own.picture(5))
     page.keyboard.press("/")

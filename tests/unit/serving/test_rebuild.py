@@ -213,7 +213,7 @@ def test_an_index_of_another_format_is_refused(tmp_path: Path) -> None:
     connection.execute("UPDATE settings SET value = '1' WHERE key = 'format_version'")
     connection.commit()
     connection.close()
-    with pytest.raises(IndexStoreError, match="has format version 1; expected 2"):
+    with pytest.raises(IndexStoreError, match="has format version 1; expected 3"):
         ImageIndex.open(tmp_path / "index")
 
 

@@ -81,6 +81,7 @@ async function browse(further) {
   else grid.show(items);
   after = next;
   $("more").hidden = !next;
-  warn($("nothing"), grid.items.length ? "" : "No pictures here.");
+  warn($("nothing"), state.lost ? "The picture of this search was uploaded and is not kept any more. Choose it again." :
+    grid.items.length ? "" : "No pictures here.");
   say(`${count(grid.items.length, "picture")}${next ? " so far" : ""}`);
 }

@@ -1,10 +1,15 @@
-// What the page shows, kept in the address: back, forward and a bookmark restore it. Only uploaded pictures cannot be
-// named there; they live as long as the page.
+// What the page shows, kept in the address: back, forward and a bookmark restore it. Of uploaded pictures only this
+// browser knows what their names stand for, and for a while only.
+
+import { isName, keep, kept, newName } from "./uploads.js";
 
 const VIEWS = ["search", "map", "duplicates", "problems", "index"];
 export const MAX_PARTS = 8;
 
-const uploads = new Map();
+const withAddress = (file) => ({ file, address: URL.createObjectURL(file) });
+const before = new URLSearchParams(location.hash.slice(1)).getAll("part").some(isName) ? await kept() : [];
+keep(); // drops what is old
+const uploads = new Map(before.map(({ name, file }) => [name, withAddress(file)]));
 const listeners = [];
 export let state = parse(location.hash);
 
@@ -13,7 +18,7 @@ export function onChange(listener) {
 }
 
 export function go(changes, { replace = false } = {}) {
-  const next = { ...state, ...changes };
+  const next = { ...state, lost: false, ...changes };
   const address = link(next);
   if (address !== link(state)) history[replace ? "replaceState" : "pushState"](null, "", address);
   state = next;
@@ -37,8 +42,9 @@ export const likeThis = (id) => link({ ...state, view: "search", parts: [{ id, w
 
 // Keeps a file and gives the part of a query that names it.
 export function upload(file, weight = 1) {
-  const name = `u${uploads.size}`;
-  uploads.set(name, { file, address: URL.createObjectURL(file) });
+  const name = newName();
+  uploads.set(name, withAddress(file));
+  keep(name, file);
   return { upload: name, weight };
 }
 
@@ -58,6 +64,7 @@ function parse(hash) {
   return {
     view: VIEWS.includes(view) ? view : "search",
     parts: words.getAll("part").slice(0, MAX_PARTS).map(parsePart).filter(Boolean),
+    lost: words.getAll("part").some((part) => isName(part) && !parsePart(part)),
     where: words.get("where") ?? "",
     root: words.get("root") ?? "",
     k: k >= 1 && k <= 1000 ? k : 24,
