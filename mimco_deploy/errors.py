@@ -82,6 +82,10 @@ class ConfigError(MimcoError):
     """A setting that does not exist or does not fit the others."""
 
 
+class ConditionError(ConfigError):
+    """A condition of a search that is none, names what is not there, or takes too long."""
+
+
 class DataError(MimcoError):
     """A training corpus that cannot be trained on."""
 

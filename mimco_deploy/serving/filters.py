@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mimco_deploy.errors import ConfigError
+from mimco_deploy.errors import ConditionError, ConfigError
 from mimco_deploy.serving.catalog import Listed, as_listed
 from mimco_deploy.serving.scan import readable
 from mimco_deploy.serving.side_table import SideTable, read_side_table
@@ -151,7 +151,7 @@ class FilteredFiles:
             [N], rising.
 
         Raises:
-            ConfigError: it is no condition, names what is not there, or takes too long.
+            ConditionError: it is no condition, names what is not there, or takes too long.
         """
         found = self._select("SELECT row", _FILES, condition, "")  # DISTINCT would take as long again
         return np.unique(np.fromiter((row for (row,) in found), np.int64, len(found)))
@@ -195,7 +195,7 @@ class FilteredFiles:
 
     def _select(self, what: str, view: str, condition: Filter, more: str) -> list[Any]:
         if len(condition.where) > _MAX_LENGTH:
-            raise ConfigError(f"a condition of {len(condition.where)} letters", expected=f"at most {_MAX_LENGTH}")
+            raise ConditionError(f"a condition of {len(condition.where)} letters", expected=f"at most {_MAX_LENGTH}")
         self._check_quoted(condition)
         join = "" if condition.table is None else f" LEFT JOIN temp.{_SIDE} ON {_KEYS[self._key]}"
         tests = [f"({condition.where or 'true'}\n)"]  # a comment at its end must not hide the bracket
@@ -259,10 +259,10 @@ class FilteredFiles:
                 return f"({' OR '.join(tests)})"
         raise ConfigError(f"{readable(folder)} holds no indexed picture", expected="an indexed folder, or one below")
 
-    def _refused(self, condition: Filter, error: Exception) -> ConfigError:
+    def _refused(self, condition: Filter, error: Exception) -> ConditionError:
         text = f"takes more than {self._limit_s:g} s" if str(error) == "interrupted" else str(error)
         names = [*COLUMNS, *self._side_columns]
-        return ConfigError(
+        return ConditionError(
             f"the condition {condition.where!r} cannot be used ({text})",
             expected=f"an expression of SQL over {', '.join(names)}",
         )

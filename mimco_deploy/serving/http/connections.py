@@ -43,7 +43,7 @@ class PatientProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         """Hold it, or say that there are too many."""
         super().connection_made(transport)
-        self._is_refused = len(self.connections) > most_connections()
+        self._is_refused = len(self.connections) > most_connections() and not self._make_room()
         if self._is_refused:
             transport.write(_refusal())
             transport.write_eof()
@@ -75,6 +75,24 @@ class PatientProtocol(H11Protocol):
         """It is over."""
         self._stop_waiting()
         super().connection_lost(exc)
+
+    def _make_room(self) -> bool:
+        """End a connection of the address that holds most, unless that is this one's own or all of them are at work."""
+        held: dict[str, list[PatientProtocol]] = {}
+        for one in self.connections:
+            assert isinstance(one, PatientProtocol)
+            held.setdefault(one.client[0] if one.client else "", []).append(one)
+        greediest = max(held.values(), key=len)
+        idle = [one for one in greediest if one is not self and one.is_idle()]
+        if self in greediest or not idle:
+            return False
+        idle[0].transport.abort()
+        return True
+
+    def is_idle(self) -> bool:
+        """Whether nothing is done for it: no request is there as a whole, or its answer is taken or waits to be."""
+        cycle = self.cycle
+        return self._patience is not None or cycle is None or cycle.response_complete or bool(cycle.more_body)
 
     def _wait(self, seconds: float) -> None:
         # An orderly close would wait until all that is written has been taken.

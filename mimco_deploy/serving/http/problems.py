@@ -15,7 +15,15 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
-from mimco_deploy.errors import BundleError, ConfigError, EncoderMismatchError, ImageError, IndexStoreError, MimcoError
+from mimco_deploy.errors import (
+    BundleError,
+    ConditionError,
+    ConfigError,
+    EncoderMismatchError,
+    ImageError,
+    IndexStoreError,
+    MimcoError,
+)
 from mimco_deploy.serving.http.batching import BusyError
 
 logger = logging.getLogger(__name__)
@@ -45,6 +53,7 @@ _KINDS: tuple[tuple[type[Exception], str, HTTPStatus], ...] = (
     (GoneError, "gone", HTTPStatus.GONE),
     (ConflictError, "conflict", HTTPStatus.CONFLICT),
     (ImageError, "picture", HTTPStatus.UNPROCESSABLE_ENTITY),
+    (ConditionError, "condition", HTTPStatus.UNPROCESSABLE_ENTITY),
     (ConfigError, "query", HTTPStatus.UNPROCESSABLE_ENTITY),
     (BundleError, "encoder", HTTPStatus.CONFLICT),
     (EncoderMismatchError, "encoder", HTTPStatus.SERVICE_UNAVAILABLE),

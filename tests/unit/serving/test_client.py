@@ -142,7 +142,7 @@ def test_what_cannot_be_searched_is_told(client: Client, workspace: Path, seven:
     assert (none.value.status, none.value.kind) == (422, "picture")
     with pytest.raises(ServiceError, match="no such column") as condition:
         client.search(seven, where="colour = 'red'")
-    assert (condition.value.status, condition.value.kind) == (422, "query")
+    assert (condition.value.status, condition.value.kind) == (422, "condition")
     for wrong in ({"k": 0}, {"min_score": float("nan")}, {"k": 49, "rerank": True}):
         with pytest.raises(ServiceError) as request:
             client.search(seven, **wrong)

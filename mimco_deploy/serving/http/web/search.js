@@ -40,7 +40,7 @@ async function guarded(work) {
   } catch (error) {
     if (signal.aborted) return;
     shownFor = null;
-    const ofFilter = error.type === "urn:mimco:query" && Boolean(state.where);
+    const ofFilter = error.type === "urn:mimco:condition";
     warn($("where-error"), ofFilter ? error.message : "");
     warn($("failure"), ofFilter ? "" : error.message);
     if (ofFilter) $("filters").open = true;

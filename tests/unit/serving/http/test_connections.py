@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import resource
 import socket
@@ -21,11 +22,13 @@ GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
 async def application(scope: Any, receive: Any, send: Any) -> None:
-    """Gives `/large` much, everything else two bytes, once the body is there; `/early` does not wait for it."""
+    """Gives `/large` much, else two bytes, once the body is there; `/early` does not wait for it, `/slow` longer."""
     more = scope["path"] != "/early"
     while more:
         message = await receive()
         more = message.get("more_body", False)
+    if scope["path"] == "/slow":
+        await asyncio.sleep(1)
     size = LARGE if scope["path"] == "/large" else 2
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % size)]})
     for start in range(0, size, 2**20):
@@ -54,8 +57,8 @@ def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def connected(port: int) -> Iterator[socket.socket]:
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
+def connected(port: int, from_address: str = "127.0.0.1") -> Iterator[socket.socket]:
+    with socket.create_connection(("127.0.0.1", port), timeout=10, source_address=(from_address, 0)) as client:
         yield client
 
 
@@ -156,6 +159,33 @@ def test_one_connection_too_many_is_told_so_and_a_place_comes_free(port: int) ->
     time.sleep(0.2)
     with connected(port) as client:
         assert answer_of(client).startswith(b"HTTP/1.1 200")
+
+
+def test_who_holds_most_makes_room_for_others(port: int) -> None:
+    with contextlib.ExitStack() as held:
+        clients = [held.enter_context(connected(port)) for _ in range(5)]
+        assert answer_of(clients[0]).startswith(b"HTTP/1.1 200")  # and is kept alive
+        clients[1].sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\nhalf")
+        others = [held.enter_context(connected(port, "127.0.0.2")) for _ in range(2)]
+        for other in others:
+            assert answer_of(other).startswith(b"HTTP/1.1 200")
+        with connected(port) as client:
+            client.sendall(GET)
+            assert everything(client).startswith(b"HTTP/1.1 503"), "its own address holds most"
+        assert answer_of(others[0]).startswith(b"HTTP/1.1 200")
+
+
+def test_what_is_at_work_is_not_ended_for_others(port: int) -> None:
+    with contextlib.ExitStack() as held:
+        clients = [held.enter_context(connected(port)) for _ in range(5)]
+        for client in clients:
+            client.sendall(GET.replace(b"/ ", b"/slow ", 1))
+        time.sleep(0.2)
+        with connected(port, "127.0.0.2") as other:
+            other.sendall(GET)
+            assert everything(other).startswith(b"HTTP/1.1 503")
+        for client in clients:
+            assert client.recv(2**16).startswith(b"HTTP/1.1 200")
 
 
 def test_connections_leave_room_for_files(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -154,6 +154,21 @@ def test_a_wrong_query_is_refused_with_what_is_wrong(
     assert answer.json()["status"] == 422
 
 
+@pytest.mark.parametrize(
+    ("request_", "kind"),
+    [
+        ({"where": "nonsense = 1"}, "condition"),
+        ({"where": "path = 'a'", "parts": [{"upload": 0, "crop": [0, 0, 2, 1]}]}, "request"),
+        ({"where": "path = 'a'", "parts": [{"upload": 0}, {"upload": 0, "weight": -1}]}, "query"),
+        ({"where": "path = 'a'", "root": "/nowhere"}, "query"),
+    ],
+)
+def test_programs_can_tell_a_wrong_condition_from_the_rest(
+    client: TestClient, place: Place, request_: dict[str, Any], kind: str
+) -> None:
+    assert ask(client, request_, place.picture(1)).json()["type"] == f"urn:mimco:{kind}"
+
+
 def test_what_is_no_picture_is_refused_with_the_reason(client: TestClient, place: Place) -> None:
     answer = ask(client, None, place.photos / "broken.jpg")
     assert (answer.status_code, answer.json()["type"]) == (422, "urn:mimco:picture")
