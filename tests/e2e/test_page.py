@@ -163,6 +163,18 @@ def test_an_uploaded_picture_outlives_the_page_but_not_the_browser(browser: Any,
     other.close()
 
 
+def test_a_picture_that_is_too_large_is_not_sent(page: Any, own: Place, tmp_path: Path) -> None:
+    large = tmp_path / "large.png"
+    large.write_bytes(own.picture(5).read_bytes() + bytes(33 * 2**20))
+    page.wait_for_selector("#hits li")
+    page.set_input_files("#files", [str(large)])
+    page.wait_for_selector("#failure:visible")
+    assert page.inner_text("#failure") == "This picture has 34.6 MB; the service takes 33.6 MB at once."
+    page.click("#clear")
+    search_with(page, own.picture(5))
+    assert not page.is_visible("#failure")
+
+
 def test_a_filter_narrows_and_a_wrong_one_is_explained(page: Any, own: Place) -> None:
     search_with(page, own.picture(5))
     page.keyboard.press("/")

@@ -162,6 +162,7 @@ class IndexStatus(BaseModel):
     writer: int | None = Field(description="Process that is writing to it, which may be this one")
     patches: bool = Field(description="Whether the encoder gives patch tokens, which /v1/why and rerank need")
     columns: dict[str, str] = Field(description="What `where` may name")
+    max_upload_bytes: int = Field(description="Of one request with pictures")
 
 
 class Problem(BaseModel):

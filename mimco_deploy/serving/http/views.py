@@ -61,6 +61,7 @@ class Views:
             writer=writing_process(service.path),
             patches=bool(service.now.encoder.spec.patch_grid) and hasattr(service.now.encoder, "embed_with_patches"),
             columns=COLUMNS,
+            max_upload_bytes=service.settings.max_upload_mib * 2**20,
         )
 
     async def pictures(self, where: str, root: str | None, limit: int, after: str | None) -> schemas.PicturePage:

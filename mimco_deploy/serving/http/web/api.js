@@ -14,6 +14,7 @@ export class ApiError extends Error {
 let askForToken = async () => {};
 let whileBusy = () => {};
 let signingIn = null;
+let mostBytes = Infinity;
 
 export function connect(hooks) {
   ({ askForToken, whileBusy } = hooks);
@@ -46,9 +47,20 @@ export async function call(path, { method = "GET", params = {}, json, form, sign
   }
 }
 
-// A request with the files of its parts, once each, or as JSON where there are none.
+export function limitUploads(bytes) {
+  mostBytes = bytes;
+}
+
+// A request with the files of its parts, once each, or as JSON where there are none. What the service would refuse is
+// not sent: a browser that is cut off in its upload does not show why.
 export function withFiles(request, files) {
   if (!files.length) return { method: "POST", json: request };
+  const bytes = files.reduce((sum, { size }) => sum + size, 0);
+  if (bytes > mostBytes) {
+    const mb = (count) => (count / 1e6).toFixed(1);
+    throw new ApiError(413, `${files.length > 1 ? "These pictures have" : "This picture has"} ${mb(bytes)} MB; `
+      + `the service takes ${mb(mostBytes)} MB at once.`);
+  }
   const form = new FormData();
   form.append("request", JSON.stringify(request));
   for (const file of files) form.append("file", file, file.name);

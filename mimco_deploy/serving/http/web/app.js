@@ -1,6 +1,6 @@
 // Ties the views together: tabs, errors, the token, and what is loaded when.
 
-import { call, connect, signIn } from "./api.js";
+import { call, connect, limitUploads, signIn } from "./api.js";
 import { allowWhy, startDetail } from "./detail.js";
 import { $, say, warn } from "./dom.js";
 import { loadDuplicates, loadProblems, startDuplicates, startProblems } from "./lists.js";
@@ -58,6 +58,7 @@ async function learn() {
   const status = await call("index");
   offerFilters(status);
   allowWhy(status.patches);
+  limitUploads(status.max_upload_bytes);
   known = true;
 }
 
