@@ -19,7 +19,6 @@ import contextlib
 import fcntl
 import json
 import os
-import shlex
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -105,30 +104,22 @@ def begin_generation(index: Path, fingerprint: str, dim: int) -> Generation:
     return generation
 
 
-def refuse_to_pass_a_rebuild(index: Path) -> None:
-    """Refuse to put a rewrite in place of an index that another encoder was embedding anew when it was cut short.
+def move_rebuild(index: Path, old: Generation, new: Generation) -> None:
+    """Let what another encoder embedded anew, when it was cut short, follow the rewrite that takes the index's place.
 
-    A rewrite takes a higher number, so the rebuild would be swept away. One by the same encoder may go, since its
-    embeddings are those that the index holds. Call under `writer_lock`.
-
-    Raises:
-        IndexStoreError: there is such a rebuild, or no index.
+    The rewrite has a higher number, so the rebuild would be swept away. One by the same encoder may go, since its
+    embeddings are those that the index holds. Call under `writer_lock`, between `promote` and `switch_to`.
     """
-    current = current_generation(index)
-    begun = _generation(index, current.number + 1)
-    with Catalog(current.catalog) as catalog:
-        fingerprint = catalog.fingerprint
+    begun = _generation(index, old.number + 1)
     try:
-        with Catalog(begun.catalog) as catalog, catalog.snapshot():
-            rows, encoder = catalog.row_count(), catalog.made_by().get("encoder")
+        with Catalog(begun.catalog) as rebuilt, Catalog(new.catalog) as catalog, rebuilt.snapshot():
+            wanted = rebuilt.fingerprint != catalog.fingerprint and rebuilt.row_count() > 0
     except IndexStoreError:
         return  # nothing was begun, or nothing that a rebuild would go on with
-    if rows and catalog.fingerprint != fingerprint:
-        raise IndexStoreError(
-            f"{begun.path} holds {rows} embeddings by encoder {catalog.fingerprint[:12]}, whose reindex was cut short",
-            expected="it to be finished first, or that folder removed",
-            command="mimco index reindex" + (f" --encoder {shlex.quote(encoder)}" if encoder else ""),
-        )
+    if wanted:
+        with _explained(index):
+            begun.path.replace(_generation(index, new.number + 1).path)
+            sync_dir(index)
 
 
 def take_over(index: Path, begun: Catalog, folders: Sequence[Path]) -> None:

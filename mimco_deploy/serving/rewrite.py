@@ -1,6 +1,7 @@
 """An index written anew from what it holds, nothing embedded again: without what is dead, or without what is damaged.
 
-Both write the next generation beside the current one and switch to it, so a crash leaves the index as it was.
+Both write the next generation beside the current one and switch to it, so a crash leaves the index as it was. What
+another encoder embedded anew, when it was cut short, waits on to be finished.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from mimco_deploy.serving.catalog import Catalog
 from mimco_deploy.serving.generations import (
     Generation,
     current_generation,
+    move_rebuild,
     newest_generation,
     promote,
-    refuse_to_pass_a_rebuild,
     stage_generation,
     switch_to,
     writer_lock,
@@ -57,12 +58,10 @@ def compact(index: Path) -> RewriteReport:
         index: the index folder.
 
     Raises:
-        IndexStoreError: there is none, it is not whole, another encoder's rebuild of it was cut short and can go on,
-            another process writes, or the disk is full.
+        IndexStoreError: there is none, it is not whole, another process writes, or the disk is full.
     """
     current_generation(index)  # before the lock makes a folder where there is no index
     with writer_lock(index):
-        refuse_to_pass_a_rebuild(index)  # before `repair` is named, which would drop it as well
         if wrong := verify(index):
             raise IndexStoreError(f"{index}: {'; '.join(wrong)}", command="mimco index repair")
         old = current_generation(index)
@@ -129,6 +128,7 @@ def _written_anew(index: Path, old: Generation, keep: npt.NDArray[np.bool_]) -> 
         keep_tuned(new, catalog, anew=True)
         with catalog.snapshot():
             counts = catalog.counts()
+    move_rebuild(index, old, new)
     switch_to(index, new)
     return RewriteReport(
         generation=new.number,
