@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -145,7 +146,7 @@ def update_index(
 
     Raises:
         IndexStoreError: a folder does not exist, nothing to index, another process is writing, the disk is full, or a
-            rebuild would lose files in a folder that cannot be read.
+            rebuild would lose files in a folder that cannot be read or went away meanwhile.
         EncoderMismatchError: the index was made by another encoder.
     """
     folders = [existing_folder(root) for root in roots]
@@ -207,6 +208,7 @@ class _Update:
         self._added = self._changed = self._removed = self._unchanged = self._embedded = 0
         self._unreachable: list[Unreachable] = []
         self._unlisted: list[tuple[Root, Unlisted]] = []
+        self._unread: set[Root] = set()
         self._progress = Progress(0, 0, 0.0, 0.0)
         self._told_at, self._waited_s = time.perf_counter(), 0.0
 
@@ -218,6 +220,8 @@ class _Update:
         if self.replaces is not None and self._unlisted:
             self._refuse_to_lose(self.replaces, jobs)
         self._read_and_commit(jobs)
+        if self.replaces is not None:
+            self._refuse_where_roots_went_away()
         with self._catalog.snapshot():
             problems, counts = tuple(self._catalog.problems()), self._catalog.counts()
         return UpdateReport(
@@ -266,6 +270,25 @@ class _Update:
                 raise IndexStoreError(
                     f"{where} cannot be read ({folder.reason}), and a rebuild would lose its {lost} files",
                     expected="all indexed folders to be readable",
+                    command="mimco index reindex",
+                )
+
+    def _refuse_where_roots_went_away(self) -> None:
+        """A disk that is taken out leaves no folder, or the empty one that it was mounted on.
+
+        Raises:
+            IndexStoreError: one did while its files were read.
+        """
+        for root in self._unread:
+            try:
+                with os.scandir(root.path) as entries:
+                    reason = "" if any(entries) else "it is empty"
+            except OSError as error:
+                reason = error.strerror or type(error).__name__
+            if reason:
+                raise IndexStoreError(
+                    f"{readable(root.path)} went away while it was embedded ({reason})",
+                    expected="all indexed folders until the end; what was embedded is kept",
                     command="mimco index reindex",
                 )
 
@@ -334,9 +357,12 @@ class _Update:
                 self._added += not job.listed
                 self._changed += job.listed
             case Refused():
+                if outcome.problem == "unreadable":
+                    self._unread.add(job.root)
                 logger.info("not indexed: %s", outcome.found)
                 self._catalog.put_problem(job.root, job.file.path, outcome.stamp, outcome.problem, outcome.found)
             case Vanished():
+                self._unread.add(job.root)
                 self._removed += self._catalog.drop(job.root, [job.file.path])
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from mimco_deploy.errors import IndexStoreError
 from mimco_deploy.serving import update
 from mimco_deploy.serving.index import ImageIndex
 from mimco_deploy.serving.inspect import recorded_encoder, status_of
+from mimco_deploy.serving.pictures import read_pictures
 from mimco_deploy.serving.roots import forget_roots, move_roots
 from mimco_deploy.serving.tuning import Budget, tune_index
 from mimco_deploy.serving.update import update_index
@@ -91,3 +95,42 @@ def test_a_first_run_that_was_killed_says_what_embedded_it(tmp_path: Path) -> No
     assert status_of(tmp_path / "index").counts.files == 4
     assert status_of(tmp_path / "index").made_by["provider"] == "NumPy"
     assert recorded_encoder(tmp_path / "index") == bundle
+
+
+@pytest.mark.parametrize("mounted_on", [False, True])
+def test_a_rebuild_whose_disk_is_taken_out_replaces_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mounted_on: bool
+) -> None:
+    folder, index = tmp_path / "a", tmp_path / "index"
+    gallery(folder, 4)
+    gallery(tmp_path / "b", 4, first=10)
+    update_index(index, [folder, tmp_path / "b"], CountingEncoder())
+
+    def taken_out(*arguments: Any) -> Iterator[Any]:
+        folder.rename(tmp_path / "away")
+        if mounted_on:
+            folder.mkdir()
+        return read_pictures(*arguments)
+
+    monkeypatch.setattr(update, "read_pictures", taken_out)
+    with pytest.raises(IndexStoreError, match=r"a went away while it was embedded"):
+        update_index(index, [], CountingEncoder(1, OTHER), rebuild=True)
+    monkeypatch.setattr(update, "read_pictures", read_pictures)
+    assert len(ImageIndex.open(index, "f" * 64).files()) == 8
+    if mounted_on:
+        folder.rmdir()
+    (tmp_path / "away").rename(folder)
+    report = update_index(index, [], CountingEncoder(1, OTHER), rebuild=True)
+    assert (report.embedded, report.counts.files) == (4, 8)
+
+
+def test_a_rebuild_goes_on_where_files_are_deleted_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths, index = gallery(tmp_path / "a", 4), tmp_path / "index"
+    update_index(index, [tmp_path / "a"], CountingEncoder())
+
+    def deleted(*arguments: Any) -> Iterator[Any]:
+        paths[0].unlink()
+        return read_pictures(*arguments)
+
+    monkeypatch.setattr(update, "read_pictures", deleted)
+    assert update_index(index, [], CountingEncoder(1, OTHER), rebuild=True).counts.files == 3
