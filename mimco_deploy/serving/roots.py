@@ -9,7 +9,8 @@ from pathlib import Path
 
 from mimco_deploy.errors import IndexStoreError
 from mimco_deploy.serving.catalog import Catalog, Root
-from mimco_deploy.serving.generations import current_generation, has_index, writer_lock
+from mimco_deploy.serving.generations import Generation, current_generation, has_index, writer_lock
+from mimco_deploy.serving.inspect import read_current
 from mimco_deploy.serving.scan import readable
 
 logger = logging.getLogger(__name__)
@@ -97,12 +98,16 @@ def split_move(index: Path, text: str) -> tuple[Path, Path]:
     signs = [at for at, letter in enumerate(text) if letter == "=" and 0 < at < len(text) - 1]
     splits = [(Path(text[:at]), Path(text[at + 1 :])) for at in signs]
     if len(splits) > 1:
-        with Catalog(current_generation(index).catalog) as catalog, catalog.snapshot():
-            recorded = catalog.roots()
+        recorded = read_current(index, _recorded)
         for old, new in splits:
             if new.is_dir() and _start(recorded, old) is not None:
                 return old, new
     return splits[0]
+
+
+def _recorded(generation: Generation) -> list[Root]:
+    with Catalog(generation.catalog) as catalog, catalog.snapshot():
+        return catalog.roots()
 
 
 def _start(recorded: Sequence[Root], old: Path) -> Path | None:

@@ -17,7 +17,8 @@ import watchfiles
 from mimco_deploy.errors import IndexStoreError
 from mimco_deploy.serving.catalog import Catalog
 from mimco_deploy.serving.encoders import Encoder
-from mimco_deploy.serving.generations import current_generation, has_index, writing_process
+from mimco_deploy.serving.generations import Generation, has_index, writing_process
+from mimco_deploy.serving.inspect import read_current
 from mimco_deploy.serving.roots import existing_folder
 from mimco_deploy.serving.update import UpdateReport, update_index
 
@@ -100,8 +101,12 @@ def _wait(changes: Iterator[object], settle_s: float, stop: threading.Event) -> 
 def _recorded(index: Path) -> list[Path]:
     if not has_index(index):
         return []
-    with Catalog(current_generation(index).catalog) as catalog, catalog.snapshot():
-        return [root.path for root in catalog.roots()]
+
+    def roots(generation: Generation) -> list[Path]:
+        with Catalog(generation.catalog) as catalog, catalog.snapshot():
+            return [root.path for root in catalog.roots()]
+
+    return read_current(index, roots)
 
 
 def _changes(folders: Sequence[Path], stop: threading.Event) -> Iterator[object]:
