@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, required=True, help="folder for what was measured, and the logs")
     parser.add_argument("--rows", nargs="+", default=ALL, help="only these, in this order")
     parser.add_argument("--seed", type=int, default=0, help="of the rows, and of their fine-tuning")
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=10)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
 

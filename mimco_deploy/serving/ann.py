@@ -86,13 +86,13 @@ class Searcher:
     """
 
     def __init__(self, vectors: Vectors, dead: Rows | None = None, approximation: Approximation | None = None) -> None:
-        self._vectors = vectors
+        self._vectors = np.asarray(vectors)  # a memory map answers each look at its rows slowly
         self._live = _selection(len(vectors), dead)
         self.count = len(vectors) if self._live is None else self._live.count
         self._ivf: Any = None
         if approximation is not None:
             self._ivf = _open(approximation, vectors)
-            self._nprobe = approximation.nprobe
+            self._set_effort(approximation.nprobe)
             self._per_hit = 1 if "SQ8" in approximation.kind else _PER_HIT_OF_CODES
             self._covered = approximation.rows
             tail_dead = None if dead is None else dead[dead >= self._covered] - self._covered
@@ -114,7 +114,7 @@ class Searcher:
             if share < _MIN_APPROXIMATE_SHARE:
                 found._ivf = None
             else:
-                found._nprobe = math.ceil(self._nprobe / share)  # the nearest that count lie that much farther
+                found._set_effort(math.ceil(self._nprobe / share))  # the nearest that count lie that much farther
                 found._tail = self._tail.within(rows[rows >= self._covered] - self._covered)
         return found
 
@@ -132,25 +132,32 @@ class Searcher:
         k = min(k, self.count)
         if self._ivf is None or k > MAX_APPROXIMATE_K or k == 0:
             return _search_exact(self._vectors, self._live, queries, k)
-        _, tail = self._tail.search(queries, k)
-        proposed = np.concatenate([self._proposed(queries, k), tail + self._covered], axis=1)
+        fetched = min(self._covered, k * self._per_hit + _SPARE)
+        proposed: Rows = self._ivf.search(queries, fetched, params=self._parameters)[1]  # [Q, fetched], −1: none
+        if self._tail.count:
+            proposed = np.concatenate([proposed, self._tail.search(queries, k)[1] + self._covered], axis=1)
         scores, rows = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
-        for number, (query, found) in enumerate(zip(queries, proposed, strict=True)):
-            candidates = np.unique(found[(found >= 0) & (found < len(self._vectors))])  # the file may be damaged
-            if len(candidates) < k:  # the lists read hold too few live rows
-                exact = _search_exact(self._vectors, self._live, query[np.newaxis], k)
-                scores[number], rows[number] = exact[0][0], exact[1][0]
-                continue
-            again = _scored_again(self._vectors, query[np.newaxis], candidates[np.newaxis])
-            scores[number], rows[number] = again[0][0, :k], again[1][0, :k]
+        for number, (query, candidates) in enumerate(zip(queries, proposed, strict=True)):
+            scores[number], rows[number] = self._best(query, candidates, k)
         return scores, rows
 
-    def _proposed(self, queries: Vectors, k: int) -> Rows:
-        parameters: Any = faiss.SearchParametersIVF()
-        parameters.nprobe = self._nprobe
-        parameters.sel = self._live.faiss if self._live else None
-        fetched = min(self._covered, k * self._per_hit + _SPARE)
-        return np.asarray(self._ivf.search(queries, fetched, params=parameters)[1], np.int64)  # [Q, fetched], −1: none
+    def _set_effort(self, nprobe: int) -> None:
+        self._nprobe = nprobe
+        self._parameters: Any = faiss.SearchParametersIVF()
+        self._parameters.nprobe = nprobe
+        self._parameters.sel = self._live.faiss if self._live else None
+
+    def _best(self, query: Vectors, candidates: Rows, k: int) -> tuple[Scores, Rows]:
+        """The k best of what was proposed for one query; of all rows, where too few were."""
+        count = len(self._vectors)
+        if not 0 <= candidates.min() <= candidates.max() < count:  # of a damaged file, or the lists hold too few
+            candidates = candidates[(candidates >= 0) & (candidates < count)]
+        scores, rows = _score(self._vectors, query, candidates)
+        if (rows[1:] == rows[:-1]).any():  # of a damaged file too
+            scores, rows = _score(self._vectors, query, np.unique(candidates))
+        if len(rows) < k:
+            scores, rows = (one[0] for one in _search_exact(self._vectors, self._live, query[np.newaxis], k))
+        return scores[:k], rows[:k]
 
 
 def _search_exact(vectors: Vectors, live: Selection | None, queries: Vectors, k: int) -> tuple[Scores, Rows]:
@@ -274,10 +281,16 @@ def _scan(vectors: Vectors, live: Selection | None, queries: Vectors, k: int) ->
 def _scored_again(vectors: Vectors, queries: Vectors, candidates: Rows) -> tuple[Scores, Rows]:
     scores, rows = np.empty(candidates.shape, np.float32), np.empty_like(candidates)
     for number, (query, found) in enumerate(zip(queries, candidates, strict=True)):
-        exact = (vectors[found].astype(np.float64) * query).sum(axis=1).astype(np.float32)  # [k]
-        order = np.lexsort((found, -exact))
-        scores[number], rows[number] = exact[order], found[order]
+        scores[number], rows[number] = _score(vectors, query, found)
     return scores, rows
+
+
+def _score(vectors: Vectors, query: Vectors, rows: Rows) -> tuple[Scores, Rows]:
+    """Scores [K] falling, and the rows they are of; equal scores by rising row."""
+    # Not a product of BLAS, where the order of a row's sum depends on how many rows there are.
+    exact = np.einsum("kd,d->k", vectors[rows].astype(np.float64), query.astype(np.float64)).astype(np.float32)
+    order = np.lexsort((rows, -exact))
+    return exact[order], rows[order]
 
 
 class Cells:

@@ -191,6 +191,12 @@ def _join_tile(vectors: Vectors, rows: Rows, forest: _Forest, a: Rows, b: Rows, 
     scores = vectors[rows[a]] @ vectors[rows[b]].T  # [a, b]
     above = np.flatnonzero(scores >= min_score - _ROUNDING)
     left, right = np.divmod(above, len(b))
+    if len(left) > len(a) + len(b):  # a crowd: one pair of each row puts together nearly all of it
+        certain = scores >= min_score + _ROUNDING
+        for of_a, of_b in ((np.arange(len(a)), certain.argmax(axis=1)), (certain.argmax(axis=0), np.arange(len(b)))):
+            sure = certain[of_a, of_b]
+            forest.join(roots_a[of_a[sure]], roots_b[of_b[sure]])
+        roots_a, roots_b = forest.roots(a), forest.roots(b)
     apart = roots_a[left] != roots_b[right]
     left, right = left[apart], right[apart]
     sure = scores[left, right] >= min_score + _ROUNDING
