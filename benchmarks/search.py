@@ -122,7 +122,7 @@ def bare_indexes(
     """FAISS as one would use it: each usual index with the least effort that reaches the floor."""
     lists = 2 ** round(np.log2(4 * len(vectors) ** 0.5))
     found: dict[str, tuple[Callable[[Vectors], Any], dict[str, float]]] = {}
-    for key in (f"IVF{lists},Flat", f"IVF{lists},SQ8", "HNSW16,SQ8"):
+    for key in (f"IVF{lists},Flat", f"IVF{lists},SQ8", f"IVF{lists}_HNSW32,SQ8", "HNSW16,SQ8"):
         start = time.perf_counter()
         index: Any = faiss.index_factory(vectors.shape[1], key, faiss.METRIC_INNER_PRODUCT)
         if key.startswith("IVF"):

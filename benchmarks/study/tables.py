@@ -22,6 +22,7 @@ COLUMNS = {
     "k-NN, mean": ("tiny-imagenet, mean", "knn", "top-1, k 20"),
     "k-NN, CLS": ("tiny-imagenet, cls", "knn", "top-1, k 20"),
     "linear": ("tiny-imagenet", "linear", "top-1"),
+    "fine-tune": ("finetune", "finetune", "top-1"),
     "5-shot": ("tiny-imagenet", "few-shot", "top-1, 5 a class"),
     "photos mAP": ("photos", "retrieval", "mAP"),
     "photos recall@1": ("photos", "retrieval", "recall@1"),
@@ -32,10 +33,13 @@ COLUMNS = {
 
 
 def read(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Results by row, seeds in order."""
+    """Results by row, seeds in order, with what finetune.py found where it ran."""
     results: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(folder.glob("*-seed*.json")):
         document = json.loads(path.read_text(encoding="utf-8"))
+        finetuned = folder / "finetune" / path.name
+        if finetuned.exists():
+            document["finetune"] = json.loads(finetuned.read_text(encoding="utf-8"))
         results.setdefault(document["row"], []).append(document)
     return results
 

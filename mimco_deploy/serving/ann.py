@@ -5,8 +5,9 @@ embeddings only, not on how many queries were asked at once, where a row lies or
 equal embeddings tie exactly.
 
 An approximation is an inverted file over the first rows of the store: each row lies in the list of its nearest
-centroid, as 8-bit numbers or as a product code, and a search reads the lists nearest to the query. Rows that came
-since are scanned. Dead rows are passed over by a selection while searching; FAISS is never asked to remove anything.
+centroid, as 8-bit numbers or as a product code, and a search reads the lists nearest to the query, which a graph over
+the centroids finds where they are many. Rows that came since are scanned. Dead rows are passed over by a selection
+while searching; FAISS is never asked to remove anything.
 """
 
 from __future__ import annotations

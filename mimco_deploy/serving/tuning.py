@@ -42,6 +42,8 @@ _K = 10
 _SAMPLE = 500
 _MARGIN = 0.01
 """Above the floor, when the number of lists is chosen: a sample of 500 is uncertain by about half of it."""
+_GRAPH_FROM = 1024
+"""Lists whose centroids are found by a graph: to look at 4,096 of them took four fifths of a search."""
 _MAX_SHARE_OF_LISTS = 0.25
 """An approximation that has to read more than this is given up: exact search is about as fast."""
 _TIMED = 50
@@ -144,12 +146,14 @@ def plan(rows: int, dim: int, budget: Budget) -> str | None:
 
     Returns:
         A FAISS factory string: 8 bits a number where that fits into the memory, else product codes of 4 bits for each
-        four numbers.
+        four numbers; a graph over the centroids where they are many.
     """
     if _exact_ms(rows, dim) <= budget.latency_ms or rows < 2 * _K:
         return None
     scalar = rows * (dim + 8) <= budget.memory_mib * 2**20  # and the row numbers
-    return f"IVF{_lists_for(rows)}," + ("SQ8" if scalar else f"PQ{_parts(dim)}x4fs")
+    lists = _lists_for(rows)
+    graph = "_HNSW32" if lists >= _GRAPH_FROM else ""
+    return f"IVF{lists}{graph}," + ("SQ8" if scalar else f"PQ{_parts(dim)}x4fs")
 
 
 def keep_tuned(
@@ -238,7 +242,7 @@ def _built(generation: Generation, kind: str, vectors: Vectors, sample: _Sample,
         trained_rows=len(vectors),
         nprobe=1,
     )
-    lists = int(kind.split(",")[0].removeprefix("IVF"))
+    lists = _lists_of(kind)
     while True:
         tuning = sample.measured(generation, tuning)
         assert tuning.recall is not None
@@ -331,6 +335,10 @@ def _lists_for(rows: int) -> int:
     """How many lists to make of so many rows: about four times the root, each with enough rows to train on."""
     wanted: int = 2 ** round(math.log2(4 * rows**0.5))
     return max(1, min(wanted, rows // _MIN_ROWS_PER_LIST))
+
+
+def _lists_of(kind: str) -> int:
+    return int(kind.removeprefix("IVF").partition(",")[0].partition("_")[0])
 
 
 def _new_file(generation: Generation) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import pytest
 
 from mimco_deploy.errors import IndexStoreError
 from mimco_deploy.serving import ann
+from mimco_deploy.serving import tuning as tuning_module
 from mimco_deploy.serving.catalog import Catalog
 from mimco_deploy.serving.generations import current_generation, writer_lock
 from mimco_deploy.serving.index import Hit, ImageIndex
@@ -135,13 +137,16 @@ def build_counter(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         (20, 384, NOW, "IVF1,SQ8"),
         (3000, 16, NOW, "IVF76,SQ8"),
         (100_000, 384, Budget(), None),
+        (92_681, 384, NOW, "IVF1024_HNSW32,SQ8"),
+        (40_000, 384, NOW, "IVF1024_HNSW32,SQ8"),
+        (39_935, 384, NOW, "IVF1023,SQ8"),
         (260_416, 384, Budget(), None),
-        (260_417, 384, Budget(), "IVF2048,SQ8"),
-        (1_000_000, 384, Budget(), "IVF4096,SQ8"),
+        (260_417, 384, Budget(), "IVF2048_HNSW32,SQ8"),
+        (1_000_000, 384, Budget(), "IVF4096_HNSW32,SQ8"),
         (1_000_000, 384, Budget(latency_ms=192), None),
-        (1_000_000, 384, Budget(memory_mib=374), "IVF4096,SQ8"),
-        (1_000_000, 384, Budget(memory_mib=373), "IVF4096,PQ96x4fs"),
-        (10_000_000, 768, Budget(), "IVF16384,PQ192x4fs"),
+        (1_000_000, 384, Budget(memory_mib=374), "IVF4096_HNSW32,SQ8"),
+        (1_000_000, 384, Budget(memory_mib=373), "IVF4096_HNSW32,PQ96x4fs"),
+        (10_000_000, 768, Budget(), "IVF16384_HNSW32,PQ192x4fs"),
         (3000, 10, Budget(latency_ms=0, memory_mib=0), "IVF76,PQ2x4fs"),
         (3000, 7, Budget(latency_ms=0, memory_mib=0), "IVF76,PQ1x4fs"),
         (3000, 2, Budget(latency_ms=0, memory_mib=0), "IVF76,PQ1x4fs"),
@@ -155,7 +160,7 @@ def test_the_kind_follows_from_size_and_budget(rows: int, dim: int, budget: Budg
 def test_each_list_has_rows_enough_to_train_on(rows: int) -> None:
     kind = plan(rows, DIM, NOW)
     assert kind is not None
-    lists = int(kind.split(",")[0].removeprefix("IVF"))
+    lists = int(re.findall(r"\d+", kind)[0])
     assert lists == 1 or rows // lists >= 39
 
 
@@ -184,6 +189,19 @@ def test_an_approximation_is_built_where_exact_search_would_take_too_long(index:
     assert done.bytes == (current_generation(index).path / done.file).stat().st_size
     assert done.query_ms is not None
     assert done.exact_ms is not None
+    assert verify(index) == []
+
+
+def test_many_centroids_are_found_by_a_graph(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning_module, "_GRAPH_FROM", 50)
+    done = tune_index(index, replace(NOW, recall=0.99))
+    assert done.kind == "IVF76_HNSW32,SQ8"
+    assert done.recall is not None
+    assert done.recall >= 0.99
+    assert true_recall(index, clustered(COUNT, 0)) == pytest.approx(done.recall, abs=1e-9)
+    take_in(index, clustered(1000, 1), first=COUNT)
+    grown = tuning(index)
+    assert (grown.rows, grown.trained_rows, grown.kind) == (COUNT + 1000, COUNT, done.kind)
     assert verify(index) == []
 
 
