@@ -8,6 +8,7 @@ and exits with 1; anything that is not a `MimcoError` is a defect of mimco and k
     ├── MissingExtraError      an optional dependency is not installed
     ├── ImageError             one picture cannot be turned into pixels
     ├── ConfigError            a setting that does not exist or does not fit
+    │   └── ConditionError     a condition of a search that cannot be used
     ├── DataError              a training corpus that cannot be trained on
     ├── CheckpointError        a checkpoint that is missing, broken or of another kind
     ├── TrainingError          a run that diverged or collapsed

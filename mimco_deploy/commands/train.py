@@ -17,9 +17,10 @@ from mimco_deploy.workspace import Workspace
 
 if TYPE_CHECKING:
     from mimco_deploy.training.config import Stage1Config, Stage2Config
+    from mimco_deploy.training.finetune_config import FinetuneConfig, LinearConfig
     from mimco_deploy.training.loop import StepReport
 
-    ConfigT = TypeVar("ConfigT", Stage1Config, Stage2Config)
+    ConfigT = TypeVar("ConfigT", Stage1Config, Stage2Config, FinetuneConfig, LinearConfig)
 
 
 @click.group()
@@ -40,6 +41,15 @@ class _MicroBatches(click.ParamType):  # type: ignore[type-arg]  # generic in ne
 
 
 _ANY_RUN = (
+    click.option("--epochs", type=click.IntRange(min=1), help="Passes over the pictures."),
+    click.option("--batch-size", type=click.IntRange(min=2), help="Pictures in a step, over all processes."),
+    click.option(
+        "--grad-accum",
+        type=_MicroBatches(),
+        metavar="N|auto",
+        help="Micro-batches in a step; auto takes as few as fit into memory.",
+    ),
+    click.option("--plan", is_flag=True, help="Say what the run will take, and stop: memory, speed, hours, disk."),
     click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any setting; repeatable."),
     click.option("--resume", is_flag=True, help="Go on from the last checkpoint, with its settings."),
     click.option("--fresh", is_flag=True, help="Start anew; a run that is there is moved aside."),
@@ -54,15 +64,6 @@ def _training_options(function: FunctionT) -> FunctionT:
             "--data", multiple=True, type=click.Path(path_type=Path), help="Folder, picture or tar; repeatable."
         ),
         click.option("--preset", help="Settings for one backbone.  [default: by GPU or CPU; stage 2: the teacher's]"),
-        click.option("--epochs", type=click.IntRange(min=1), help="Passes over the pictures."),
-        click.option("--batch-size", type=click.IntRange(min=2), help="Pictures in a step, over all processes."),
-        click.option(
-            "--grad-accum",
-            type=_MicroBatches(),
-            metavar="N|auto",
-            help="Micro-batches in a step; auto takes as few as fit into memory.",
-        ),
-        click.option("--plan", is_flag=True, help="Say what the run will take, and stop: memory, speed, hours, disk."),
         *_ANY_RUN,
     ]
     for option in reversed(options):
@@ -150,8 +151,6 @@ def _labelled_options(function: FunctionT) -> FunctionT:
             "--data", multiple=True, type=AnyPath, help="Folder of a folder for each class, or such a tar; repeatable."
         ),
         click.option("--val", multiple=True, type=AnyPath, help="The same classes, to measure on; repeatable."),
-        click.option("--epochs", type=click.IntRange(min=1), help="Passes over the pictures."),
-        click.option("--batch-size", type=click.IntRange(min=2), help="Pictures in a step, over all processes."),
         *_ANY_RUN,
     ]
     for option in reversed(options):
@@ -162,7 +161,7 @@ def _labelled_options(function: FunctionT) -> FunctionT:
 @train.command()
 @_labelled_options
 @click.pass_obj
-def finetune(workspace: Workspace, /, as_json: bool, **options: Any) -> None:
+def finetune(workspace: Workspace, /, as_json: bool, plan: bool, **options: Any) -> None:
     """Train an encoder and a head on labelled pictures, and measure top-1 and top-5 after each epoch.
 
     \b
@@ -175,6 +174,11 @@ def finetune(workspace: Workspace, /, as_json: bool, **options: Any) -> None:
         from mimco_deploy.training.supervised_runs import LabelledRequest, open_finetune
 
     config, resume = open_finetune(workspace.finetune, workspace.stage2 / "last", LabelledRequest(**options))
+    if plan:
+        _print_plan(config, as_json)
+        return
+    if options["grad_accum"] == "auto" and resume is None:
+        config = _fit_to_memory(config)
     with _training_bar("fine-tuning") as show:
         train_with_labels(config, workspace.finetune, resume=resume, on_step=show)
     _print_measured(workspace.finetune, "finetune", as_json)
@@ -183,7 +187,7 @@ def finetune(workspace: Workspace, /, as_json: bool, **options: Any) -> None:
 @train.command()
 @_labelled_options
 @click.pass_obj
-def linear(workspace: Workspace, /, as_json: bool, **options: Any) -> None:
+def linear(workspace: Workspace, /, as_json: bool, plan: bool, **options: Any) -> None:
     """Train a linear layer on the frozen encoder, with crops and flips, and measure after each epoch.
 
     \b
@@ -195,6 +199,11 @@ def linear(workspace: Workspace, /, as_json: bool, **options: Any) -> None:
         from mimco_deploy.training.supervised_runs import LabelledRequest, open_linear
 
     config, resume = open_linear(workspace.linear, workspace.stage2 / "last", LabelledRequest(**options))
+    if plan:
+        _print_plan(config, as_json)
+        return
+    if options["grad_accum"] == "auto" and resume is None:
+        config = _fit_to_memory(config)
     with _training_bar("linear probe") as show:
         train_with_labels(config, workspace.linear, resume=resume, on_step=show)
     _print_measured(workspace.linear, "linear", as_json)
@@ -208,7 +217,7 @@ def _fit_to_memory(config: ConfigT) -> ConfigT:
     return fit_to_memory(config)
 
 
-def _print_plan(config: Stage1Config | Stage2Config, as_json: bool) -> None:
+def _print_plan(config: Stage1Config | Stage2Config | FinetuneConfig | LinearConfig, as_json: bool) -> None:
     from mimco_deploy.training.plan import plan_run
 
     plan = plan_run(config)

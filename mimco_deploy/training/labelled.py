@@ -41,9 +41,8 @@ class LabelledCorpus(Corpus):
     def get(self, index: int) -> tuple[Image.Image, list[str]]:
         """One of Pillow's, with the class of the picture that is given, which may be one further on."""
         pixels, refused = self.pixels(index)
-        picture = Image.fromarray(pixels)
-        picture.info[_LABEL] = self.labels[(index + len(refused)) % len(self.pictures)]
-        return picture, refused
+        label = self.labels[(index + len(refused)) % len(self.pictures)]
+        return with_label(Image.fromarray(pixels), label), refused
 
 
 @dataclass
@@ -79,6 +78,12 @@ class Validation:
                 logger.warning("--val: %s", error)
             self.bad.add(str(error))
             return None
+
+
+def with_label(picture: Image.Image, label: int) -> Image.Image:
+    """A picture that `LabelledViews` can show."""
+    picture.info[_LABEL] = label
+    return picture
 
 
 class LabelledViews:

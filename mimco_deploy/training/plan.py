@@ -20,14 +20,19 @@ from torch import Tensor, nn
 
 from mimco_deploy.errors import ConfigError
 from mimco_deploy.sources import find_pictures
+from mimco_deploy.training.classifier import FineTuned, LinearProbe, build_classifier
 from mimco_deploy.training.config import Stage1Config, Stage2Config
 from mimco_deploy.training.data import MakeViews, Views, fewest_parts, fit_batch
 from mimco_deploy.training.distributed import world_size
+from mimco_deploy.training.finetune_config import FinetuneConfig, LinearConfig
+from mimco_deploy.training.labelled import with_label
 from mimco_deploy.training.published import load_teacher
 from mimco_deploy.training.stages import build_stage1, build_stage2
 from mimco_deploy.training.step import Stepper
+from mimco_deploy.training.supervised import LabelledStepper, make_views
 
-ConfigT = TypeVar("ConfigT", Stage1Config, Stage2Config)
+Config = Stage1Config | Stage2Config | FinetuneConfig | LinearConfig
+ConfigT = TypeVar("ConfigT", Stage1Config, Stage2Config, FinetuneConfig, LinearConfig)
 
 logger = logging.getLogger(__name__)
 
@@ -74,22 +79,27 @@ class Plan:
     """Two checkpoints: one is written beside the other."""
 
 
-def plan_run(config: Stage1Config | Stage2Config) -> Plan:
+def plan_run(config: Config) -> Plan:
     """Find the pictures, build the method and measure it; nothing is trained or written.
+
+    What it costs to measure a run with labels after each epoch is not in it.
 
     Raises:
         MimcoError: there are no pictures, or the method cannot be built.
     """
-    pictures = len(find_pictures(config.data.sources))
-    config = dataclasses.replace(config, run=fit_batch(config.run, pictures))
+    found = find_pictures(config.data.sources)
+    config = dataclasses.replace(config, run=fit_batch(config.run, len(found)))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(config.run.seed)
+    method: nn.Module
     if isinstance(config, Stage1Config):
-        method, make_views = build_stage1(config)
+        method, views = build_stage1(config)
+    elif isinstance(config, Stage2Config):
+        method, views = build_stage2(config, load_teacher(config.teacher) if config.teacher else None)
     else:
-        teacher = load_teacher(config.teacher) if config.teacher else None
-        method, make_views = build_stage2(config, teacher)
-    return make_plan(config, method.to(device), make_views, pictures)
+        classes = len({picture.label for picture in found})
+        method, views = build_classifier(config, classes), make_views(config)
+    return make_plan(config, method.to(device), views, len(found))
 
 
 def fit_to_memory(config: ConfigT) -> ConfigT:
@@ -104,7 +114,7 @@ def fit_to_memory(config: ConfigT) -> ConfigT:
         plan = plan_run(config)
     batch = config.run.global_batch_size
     accumulate = fit_accumulation(plan, batch)
-    if accumulate > 1:
+    if accumulate > 1 and isinstance(config, Stage1Config | Stage2Config):
         logger.warning(
             "%d micro-batches of %d: contrastive losses see the negatives of one of them only",
             *(accumulate, batch // accumulate),
@@ -119,7 +129,7 @@ class _Probe:
     seconds: float
 
 
-def make_plan(config: Stage1Config | Stage2Config, method: nn.Module, make_views: MakeViews, pictures: int) -> Plan:
+def make_plan(config: Config, method: nn.Module, make_views: MakeViews, pictures: int) -> Plan:
     """Measure two small steps of a method, and reckon.
 
     Args:
@@ -135,8 +145,13 @@ def make_plan(config: Stage1Config | Stage2Config, method: nn.Module, make_views
     if pictures < run.global_batch_size:
         raise ConfigError(f"{pictures} pictures", expected=f"at least a batch of {run.global_batch_size}")
     steps = pictures // run.global_batch_size * run.epochs
-    once = dataclasses.replace(run, accumulate=1, compile="off")
-    stepper = Stepper(method, dataclasses.replace(config, run=once), steps_per_epoch=10**6)
+    once = dataclasses.replace(config, run=dataclasses.replace(run, accumulate=1, compile="off"))
+    stepper: Stepper | LabelledStepper
+    if isinstance(once, FinetuneConfig | LinearConfig):
+        assert isinstance(method, FineTuned | LinearProbe)
+        stepper = LabelledStepper(method, once, steps_per_epoch=10**6)
+    else:
+        stepper = Stepper(method, once, steps_per_epoch=10**6)
     few, more = PROBES[stepper.device.type]
     small, large = (_probe(stepper, _noise(make_views, count)) for count in (few, more))
     image = max(1.0, (large.most - small.most) / (more - few))
@@ -198,11 +213,11 @@ def free_memory(device: torch.device) -> int:
 
 def _noise(make_views: MakeViews, count: int) -> Views:
     """Views of noise, stacked."""
-    picture = Image.effect_noise((256, 256), 64).convert("RGB")
+    picture = with_label(Image.effect_noise((256, 256), 64).convert("RGB"), 0)
     return tuple(torch.stack(column) for column in zip(*(make_views(picture) for _ in range(count)), strict=True))
 
 
-def _probe(stepper: Stepper, views: Views) -> _Probe:
+def _probe(stepper: Stepper | LabelledStepper, views: Views) -> _Probe:
     """Bytes that a step needs beside weights and optimiser, and the time of the step after it."""
     most = _most_on_gpu(stepper, views) if stepper.device.type == "cuda" else _kept_on_cpu(stepper, views)
     _wait(stepper.device)
@@ -212,7 +227,7 @@ def _probe(stepper: Stepper, views: Views) -> _Probe:
     return _Probe(most, time.perf_counter() - start)
 
 
-def _most_on_gpu(stepper: Stepper, views: Views) -> int:
+def _most_on_gpu(stepper: Stepper | LabelledStepper, views: Views) -> int:
     """The allocator's peak."""
     before = torch.cuda.memory_allocated(stepper.device)
     torch.cuda.reset_peak_memory_stats(stepper.device)
@@ -220,7 +235,7 @@ def _most_on_gpu(stepper: Stepper, views: Views) -> int:
     return torch.cuda.max_memory_allocated(stepper.device) - before
 
 
-def _kept_on_cpu(stepper: Stepper, views: Views) -> int:
+def _kept_on_cpu(stepper: Stepper | LabelledStepper, views: Views) -> int:
     """What the step keeps for its backward pass, each storage once, and the gradients: a CPU counts nothing for us."""
     kept: dict[int, int] = {}
 

@@ -24,6 +24,8 @@ CHARTS = {
     "patch_accuracy": "share of masked patches whose own token is nearest",
     "image_accuracy": "share of images whose own key is nearest",
     "feature_spread": "of a batch: 0 is collapse, 1 is even on the sphere",
+    "val_top1": "share of --val recognised at first",
+    "val_top5": "share of --val recognised in five guesses",
     "lr": "learning rate",
     "images_per_s": "images a second",
     "waiting": "share of the time spent waiting for data",
@@ -44,7 +46,7 @@ def write_report(
     """Write `report.html` into a run's folder.
 
     Args:
-        folder: of the run; its `log.jsonl` gives the charts.
+        folder: of the run; its `log.jsonl`, a line for some steps or, with labels, for each epoch, gives the charts.
         title: what runs.
         progress: how far it is, in words.
         sights: what the probe saw so far.
@@ -58,8 +60,10 @@ def write_report(
         parts.append(f"<p class='alarm' role='alert'>{html.escape(alarm)}</p>")
     if rows:
         parts.append("<h2>Training</h2><div class='charts'>")
+        unit = "epoch" if "epoch" in rows[0] else "step"
         for name, meaning in CHARTS.items():
-            parts.append(_chart(name, meaning, [(row["step"] + 1, row[name]) for row in rows if name in row]))
+            points = [(row["epoch"] if unit == "epoch" else row["step"] + 1, row[name]) for row in rows if name in row]
+            parts.append(_chart(name, meaning, points, unit))
         parts.append("</div>")
     if sights:
         seen = f"{len(probe.pictures)} fixed pictures" if probe else "fixed pictures"
@@ -89,8 +93,8 @@ def _read_log(path: Path) -> list[dict[str, float]]:
     return rows
 
 
-def _chart(name: str, meaning: str, points: Sequence[tuple[float, float]]) -> str:
-    """One line over the steps; nothing where there is nothing to show."""
+def _chart(name: str, meaning: str, points: Sequence[tuple[float, float]], unit: str = "step") -> str:
+    """One line over the steps or epochs; nothing where there is nothing to show."""
     points = [(x, y) for x, y in points if math.isfinite(y)]
     if not points:
         return ""
@@ -102,7 +106,7 @@ def _chart(name: str, meaning: str, points: Sequence[tuple[float, float]]) -> st
         f"{_WIDTH * (x - min(xs)) / across:.1f},{_HEIGHT - _HEIGHT * (y - low) / up:.1f}" for x, y in points
     )
     last = line.rpartition(" ")[2].split(",")
-    label = html.escape(f"{name}: {ys[-1]:.4g} at step {xs[-1]:.0f}, from {low:.4g} to {high:.4g}")
+    label = html.escape(f"{name}: {ys[-1]:.4g} at {unit} {xs[-1]:.0f}, from {low:.4g} to {high:.4g}")
     return (
         f"<figure><figcaption>{html.escape(name)}<b>{ys[-1]:.4g}</b></figcaption>"
         f"<svg viewBox='0 0 {_WIDTH} {_HEIGHT}' role='img' aria-label='{label}'>"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mimco_deploy.atomic import write_bytes
-from mimco_deploy.errors import CheckpointError, ConfigError, TrainingInterrupted
+from mimco_deploy.errors import CheckpointError, ConfigError, TrainingError, TrainingInterrupted
 from mimco_deploy.training.augment import ToInput
 from mimco_deploy.training.classifier import Classifier, Config, build_classifier
 from mimco_deploy.training.config import OptimConfig
@@ -29,6 +29,7 @@ from mimco_deploy.training.labelled import LabelledCorpus, LabelledViews, Valida
 from mimco_deploy.training.layer_decay import decayed_groups
 from mimco_deploy.training.loop import StepReport, asked_to_stop, stop_requests
 from mimco_deploy.training.monitor import check_alive, check_finite
+from mimco_deploy.training.report import write_report
 from mimco_deploy.training.schedules import check_warmup, lr_schedule
 from mimco_deploy.training.step import compiles, no_sync, parallel, uses_bf16
 from mimco_deploy.training.supervised_checkpoint import Progress, SavedRun, kind_of, save_run
@@ -50,7 +51,7 @@ def train_with_labels(
 
     Args:
         config: settings; those of the checkpoint where the run is resumed.
-        folder: of the run; gets `last/` and `log.jsonl`.
+        folder: of the run; gets `last/`, `log.jsonl` and `report.html`.
         resume: where to go on from; it holds the encoder too.
         on_step: called at every logged step in the main process.
 
@@ -73,7 +74,12 @@ def train_with_labels(
             if resume is None and folder.exists():
                 logger.warning("the run that was in %s is now in %s", folder, set_aside(folder))
             folder.mkdir(parents=True, exist_ok=True)
-        _Run(method, config, asked, corpus, validation, folder, resume, on_step).go()
+        run = _Run(method, config, asked, corpus, validation, folder, resume, on_step)
+        try:
+            run.go()
+        except TrainingError as error:
+            run.write_report(alarm=str(error))
+            raise
 
 
 def build_optimizer(method: Classifier, config: Config) -> torch.optim.Optimizer:
@@ -122,6 +128,81 @@ def _fit(config: Config, corpus: LabelledCorpus) -> Config:
     return dataclasses.replace(config, run=run)
 
 
+class LabelledStepper:
+    """A classifier with its optimiser and schedule, ready to take steps and to be measured.
+
+    Args:
+        method: on its device.
+        config: of the run.
+        steps_per_epoch: optimiser steps in an epoch.
+        restore: called with the optimiser before the first step, where a run is resumed.
+    """
+
+    def __init__(
+        self,
+        method: Classifier,
+        config: Config,
+        steps_per_epoch: int,
+        restore: Callable[[torch.optim.Optimizer], None] = lambda _: None,
+    ) -> None:
+        run = config.run
+        self.method, self._config = method, config
+        self.device = next(method.parameters()).device
+        self.optimizer = build_optimizer(method, config)
+        restore(self.optimizer)
+        self._schedule = lr_schedule(
+            self.optimizer,
+            schedule_of(config),
+            steps_per_epoch=steps_per_epoch,
+            epochs=run.epochs,
+            global_batch_size=run.global_batch_size,
+        )
+        self._to_input = ToInput(config.backbone).to(self.device)
+        self._bf16 = uses_bf16(run, method.encoder.width, self.device)
+        method.encoder.checkpoint_gradients(run.grad_checkpointing and isinstance(config, FinetuneConfig))
+        if compiles(run, self.device):
+            method.encoder.compile()
+        self._parallel = parallel(method, self.device)
+        self._parallel.train()
+
+    @property
+    def head_lr(self) -> float:
+        """The learning rate of the head, the highest of all."""
+        return max(float(group["lr"]) for group in self.optimizer.param_groups)
+
+    def take(self, step: int, next_views: Callable[[], Views]) -> Tensor:
+        """One optimiser step; its mean loss, on the device."""
+        run = self._config.run
+        self._schedule.step_update(step)
+        mean = torch.zeros((), dtype=torch.float64, device=self.device)
+        for micro in range(run.accumulate):
+            pixels, labels = (view.to(self.device, non_blocking=True) for view in next_views())
+            torch.manual_seed(seed_for(run.seed, _MODEL_STREAM, step, micro, rank()))
+            with no_sync(self._parallel, unless=micro == run.accumulate - 1), self._autocast():
+                loss = self._parallel(self._to_input(pixels), labels)
+                (loss / run.accumulate).backward()
+            mean += loss.detach().double() / run.accumulate
+        if isinstance(self._config, FinetuneConfig) and self._config.optim.clip_norm:
+            nn.utils.clip_grad_norm_(self.method.parameters(), self._config.optim.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return mean
+
+    def measure(self, validation: Validation, batch_size: int) -> tuple[float, float]:
+        """Top-1 and top-5, over all processes."""
+        self._parallel.eval()
+        found = accuracy(self._classify, validation, batch_size, self.device)
+        self._parallel.train()
+        return found
+
+    def _classify(self, pixels: Tensor) -> Tensor:
+        with self._autocast():
+            return self.method.classify(self._to_input(pixels))
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._bf16)
+
+
 class _Run:
     """One run: its model, its pictures and how far it is.
 
@@ -150,29 +231,15 @@ class _Run:
         run = config.run
         self._method, self._config, self._asked = method, config, asked
         self._corpus, self._validation, self._folder, self._on_step = corpus, validation, folder, on_step
-        self._device = next(method.parameters()).device
         first = resume.progress.step if resume else 0
         self._sampler = StepSampler(len(corpus), run, first)
-        self._optimizer = build_optimizer(method, config)
+        restore = resume.restore_optimizer if resume is not None else lambda _: None
+        self._stepper = LabelledStepper(method, config, self._sampler.steps_per_epoch, restore)
+        self._device = self._stepper.device
         total, licence = self._sampler.total_steps, method.encoder.licence
         self._progress = Progress(total_steps=total, corpus=corpus.fingerprint, licence=licence)
         if resume is not None:
-            resume.restore_optimizer(self._optimizer)
             self._progress = dataclasses.replace(resume.progress, rows=list(resume.progress.rows))
-        self._schedule = lr_schedule(
-            self._optimizer,
-            schedule_of(config),
-            steps_per_epoch=self._sampler.steps_per_epoch,
-            epochs=run.epochs,
-            global_batch_size=run.global_batch_size,
-        )
-        self._to_input = ToInput(config.backbone).to(self._device)
-        self._bf16 = uses_bf16(run, method.encoder.width, self._device)
-        method.encoder.checkpoint_gradients(run.grad_checkpointing and isinstance(config, FinetuneConfig))
-        if compiles(run, self._device):
-            method.encoder.compile()
-        self._parallel = parallel(method, self._device)
-        self._parallel.train()
         self._losses = torch.tensor(self._progress.loss_sum, dtype=torch.float64, device=self._device)
 
     def go(self) -> None:
@@ -195,7 +262,8 @@ class _Run:
 
         with stop_requests() as stop, contextlib.closing(batches):
             while progress.step < progress.total_steps:
-                loss = self._take(progress.step, next_views)
+                loss = self._stepper.take(progress.step, next_views)
+                self._losses += loss
                 progress.step += 1
                 done = progress.step == progress.total_steps
                 epoch_done = progress.step % steps_per_epoch == 0
@@ -218,28 +286,6 @@ class _Run:
                         command=f"mimco train {kind_of(self._config)} --resume",
                     )
 
-    def _take(self, step: int, next_views: Callable[[], Views]) -> Tensor:
-        """One optimiser step; its mean loss, on the device."""
-        run = self._config.run
-        self._schedule.step_update(step)
-        mean = torch.zeros((), dtype=torch.float64, device=self._device)
-        for micro in range(run.accumulate):
-            pixels, labels = (view.to(self._device, non_blocking=True) for view in next_views())
-            torch.manual_seed(seed_for(run.seed, _MODEL_STREAM, step, micro, rank()))
-            with no_sync(self._parallel, unless=micro == run.accumulate - 1), self._autocast():
-                loss = self._parallel(self._to_input(pixels), labels)
-                (loss / run.accumulate).backward()
-            mean += loss.detach().double() / run.accumulate
-        if isinstance(self._config, FinetuneConfig) and self._config.optim.clip_norm:
-            nn.utils.clip_grad_norm_(self._method.parameters(), self._config.optim.clip_norm)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        self._losses += mean
-        return mean
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._bf16)
-
     def _report(self, loss: Tensor, images_per_s: float, waiting: float) -> None:
         """Tell the bar, and raise TrainingError where the loss is no number, of whichever process."""
         step, row = self._progress.step, {"loss": float(mean_of_all(loss))}
@@ -255,20 +301,10 @@ class _Run:
         check_alive(self._progress.step - 1, {"loss": loss})
         self._losses.zero_()
         self._method.check()
-        self._parallel.eval()
-        top1, top5 = accuracy(self._classify, self._validation, self._sampler.micro_batch, self._device)
-        self._parallel.train()
-        row = {"epoch": epoch, "loss": loss, "lr": self._head_lr, "val_top1": top1, "val_top5": top5}
+        top1, top5 = self._stepper.measure(self._validation, self._sampler.micro_batch)
+        row = {"epoch": epoch, "loss": loss, "lr": self._stepper.head_lr, "val_top1": top1, "val_top5": top5}
         self._progress.rows.append({**row, "seconds": time.perf_counter() - started})
         self._progress.seconds = 0.0
-
-    def _classify(self, pixels: Tensor) -> Tensor:
-        with self._autocast():
-            return self._method.classify(self._to_input(pixels))
-
-    @property
-    def _head_lr(self) -> float:
-        return max(float(group["lr"]) for group in self._optimizer.param_groups)
 
     def _save(self) -> None:
         """Write the checkpoint and the log; raises TrainingError where a weight is no number."""
@@ -279,9 +315,17 @@ class _Run:
             return
         progress = dataclasses.replace(self._progress, loss_sum=losses)
         last = self._folder / "last"
-        save_run(last, self._method, self._optimizer, self._asked, progress, self._corpus.classes)
+        save_run(last, self._method, self._stepper.optimizer, self._asked, progress, self._corpus.classes)
         self._write_log()
+
+    def write_report(self, *, alarm: str = "") -> None:
+        """The run as a page, in the main process."""
+        if is_main():
+            progress, title = self._progress, f"{kind_of(self._config)} of {self._config.encoder}"
+            words = f"Step {progress.step} of {progress.total_steps}, {len(self._corpus.classes)} classes."
+            write_report(self._folder, title, words, alarm=alarm)
 
     def _write_log(self) -> None:
         lines = "".join(f"{json.dumps(row)}\n" for row in self._progress.rows)
         write_bytes(self._folder / "log.jsonl", lines.encode())
+        self.write_report()

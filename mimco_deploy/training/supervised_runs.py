@@ -30,6 +30,8 @@ class LabelledRequest:
     val: tuple[Path, ...] = ()
     epochs: int | None = None
     batch_size: int | None = None
+    grad_accum: str | None = None
+    """A number of micro-batches, or `auto`, which `plan.fit_to_memory` settles before a new run."""
     settings: tuple[str, ...] = ()
     """`section.field=value`, applied last."""
     resume: bool = False
@@ -44,6 +46,8 @@ class LabelledRequest:
             run = dataclasses.replace(run, epochs=self.epochs)
         if self.batch_size is not None and self.batch_size != run.global_batch_size:
             run = resize_batch(run, self.batch_size)
+        if self.grad_accum not in (None, "auto"):
+            run = dataclasses.replace(run, accumulate=int(str(self.grad_accum)))
         if self.data:
             data = dataclasses.replace(data, sources=_whole_paths(self.data))
         config = dataclasses.replace(config, run=run, optim=optim, data=data)

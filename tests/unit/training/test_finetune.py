@@ -157,7 +157,7 @@ def test_a_run_leaves_a_row_for_each_epoch_and_a_checkpoint(whole: Path, kind: s
     assert json.loads((whole / kind / "last/classes.json").read_text(encoding="utf-8")) == list(KINDS)
     assert read_run(whole / kind / "last", kind).progress.step == STEPS
     assert (whole / kind / "last/timm").is_dir() == (kind == "finetune")
-    assert {path.name for path in (whole / kind).iterdir()} == {"last", "log.jsonl"}
+    assert {path.name for path in (whole / kind).iterdir()} == {"last", "log.jsonl", "report.html"}
 
 
 @BOTH
@@ -240,6 +240,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_checkpoint(tmp_path
     )
     with pytest.raises(TrainingError):
         train_with_labels(wild, tmp_path / "run")
+    assert "role='alert'" in (tmp_path / "run/report.html").read_text(encoding="utf-8")
     state = read_run(tmp_path / "run/last", "finetune").load_model()
     assert all(torch.isfinite(value).all() for value in state.values())
 
