@@ -20,7 +20,7 @@ from timm.loss.cross_entropy import SoftTargetCrossEntropy
 from torch import Tensor, nn
 
 from mimco_deploy.errors import ConfigError
-from mimco_deploy.training.backbone import Backbone
+from mimco_deploy.training.backbone import Backbone, Geometry
 from mimco_deploy.training.checkpoint import load_strictly
 from mimco_deploy.training.finetune_config import FinetuneConfig, LinearConfig
 from mimco_deploy.training.published import load_teacher
@@ -166,11 +166,12 @@ def build_classifier(config: Config, classes: int, resume: SavedRun | None = Non
     if resume is not None:
         encoder = Backbone(wanted)
         encoder.licence = resume.progress.licence
+        encoder.geometry = Geometry(resume.progress.crop_share, resume.progress.interpolation)
     else:
         loaded, _ = load_teacher(config.encoder)
         encoder = Backbone(dataclasses.replace(loaded.config, drop_path=wanted.drop_path))
         load_strictly(encoder, loaded.state_dict(), Path(config.encoder))
-        encoder.licence = loaded.licence
+        encoder.licence, encoder.geometry = loaded.licence, loaded.geometry
         encoder.resize(wanted.image_size_px)
         if encoder.config != wanted:
             expected = f"those of {config.encoder}; image_size_px and drop_path alone can change"

@@ -47,11 +47,12 @@ class LabelledCorpus(Corpus):
 
 @dataclass
 class Validation:
-    """Pictures to measure on, as the encoder will see pictures: the eval-time geometry."""
+    """Pictures to measure on, as the exported encoder will see pictures."""
 
     pictures: list[Picture]
     labels: list[int]
     image_size_px: int
+    geometry: Geometry = field(default_factory=Geometry)
     bad: set[str] = field(default_factory=set)
     """What was said of each that cannot be decoded; it counts as not recognised."""
 
@@ -72,7 +73,7 @@ class Validation:
     def _decode(self, index: int) -> npt.NDArray[np.uint8] | None:
         picture = self.pictures[index]
         try:
-            return decode_pixels(picture.read(), picture.name, self.image_size_px, *Geometry())
+            return decode_pixels(picture.read(), picture.name, self.image_size_px, *self.geometry)
         except ImageError as error:
             if str(error) not in self.bad:
                 logger.warning("--val: %s", error)

@@ -70,6 +70,7 @@ def train_with_labels(
         asked, config = config, _fit(config, corpus)
         torch.manual_seed(config.run.seed)
         method = build_classifier(config, len(corpus.classes), resume).to(device)
+        validation.geometry = method.encoder.geometry
         if is_main():
             if resume is None and folder.exists():
                 logger.warning("the run that was in %s is now in %s", folder, set_aside(folder))
@@ -236,8 +237,12 @@ class _Run:
         restore = resume.restore_optimizer if resume is not None else lambda _: None
         self._stepper = LabelledStepper(method, config, self._sampler.steps_per_epoch, restore)
         self._device = self._stepper.device
-        total, licence = self._sampler.total_steps, method.encoder.licence
-        self._progress = Progress(total_steps=total, corpus=corpus.fingerprint, licence=licence)
+        self._progress = Progress(
+            total_steps=self._sampler.total_steps,
+            corpus=corpus.fingerprint,
+            licence=method.encoder.licence,
+            **method.encoder.geometry._asdict(),
+        )
         if resume is not None:
             self._progress = dataclasses.replace(resume.progress, rows=list(resume.progress.rows))
         self._losses = torch.tensor(self._progress.loss_sum, dtype=torch.float64, device=self._device)

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from mimco_deploy.atomic import current_dir, staged_dir
 from mimco_deploy.errors import CheckpointError
-from mimco_deploy.training.backbone import Backbone, save_as_timm
+from mimco_deploy.preprocess import Interpolation
+from mimco_deploy.training.backbone import CROP_SHARE, Backbone, save_as_timm
 from mimco_deploy.training.finetune_config import FinetuneConfig, LinearConfig
 from mimco_deploy.training.settings import from_document, to_document
 
@@ -45,6 +46,9 @@ class Progress:
     """Fingerprint of the pictures to train on."""
     licence: str
     """Of the encoder that it started from."""
+    crop_share: float = CROP_SHARE
+    """Of that encoder's geometry, as the next; runs from before 2026-11-27 were measured with these."""
+    interpolation: Interpolation = "bicubic"
     loss_sum: float = 0.0
     """Over the steps of the epoch under way."""
     seconds: float = 0.0

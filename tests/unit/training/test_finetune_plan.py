@@ -1,21 +1,27 @@
-"""Runs with labels: what they will take, the micro-batches that fit, and the report."""
+"""Runs with labels: what they will take, the micro-batches that fit, the report, and how pictures are measured."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
 
 from mimco_deploy.cli import main
+from mimco_deploy.errors import TrainingInterrupted
+from mimco_deploy.preprocess import decode_pixels
+from mimco_deploy.training import labelled
 from mimco_deploy.training import plan as planning
 from mimco_deploy.training.finetune_config import finetune_preset, linear_preset
 from mimco_deploy.training.plan import fit_to_memory, plan_run
 from mimco_deploy.training.supervised import train_with_labels
-from tests.unit.training.small import BACKBONE
+from mimco_deploy.training.supervised_checkpoint import read_run
+from tests.unit.training.small import BACKBONE, stop_at
 from tests.unit.training.test_finetune import BOTH, CONFIGS, draw_classes, finetune_config, save_encoder
 
 
@@ -95,3 +101,30 @@ def test_the_report_grows_with_the_epochs(here: Path, tmp_path: Path, kind: str)
         assert f"<figcaption>{name}<b>" in page
     assert "at epoch 3" in page
     assert "role='alert'" not in page
+
+
+@BOTH
+def test_pictures_are_measured_with_the_encoders_own_geometry_and_after_resuming_too(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    described = json.loads((save_encoder(tmp_path / "encoder") / "config.json").read_text(encoding="utf-8"))
+    described["pretrained_cfg"] |= {"crop_pct": 0.5, "interpolation": "bilinear"}
+    (tmp_path / "encoder/config.json").write_text(json.dumps(described), encoding="utf-8")
+    seen = set()
+
+    def decode(content: bytes, name: str, *geometry: Any) -> Any:
+        seen.add(geometry)
+        return decode_pixels(content, name, *geometry)
+
+    monkeypatch.setattr(labelled, "decode_pixels", decode)
+    config = dataclasses.replace(CONFIGS[kind](here), encoder=str(tmp_path / "encoder"))
+    with pytest.raises(TrainingInterrupted):
+        train_with_labels(config, tmp_path / "run", on_step=stop_at(4))
+    assert seen == {(BACKBONE.image_size_px, 0.5, "bilinear")}
+    shutil.rmtree(tmp_path / "encoder")
+    saved = read_run(tmp_path / "run/last", kind)
+    train_with_labels(saved.config, tmp_path / "run", resume=saved)
+    assert len(seen) == 1
+    if kind == "finetune":
+        kept = json.loads((tmp_path / "run/last/timm/config.json").read_text(encoding="utf-8"))["pretrained_cfg"]
+        assert (kept["crop_pct"], kept["interpolation"]) == (0.5, "bilinear")
