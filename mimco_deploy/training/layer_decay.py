@@ -19,7 +19,7 @@ from mimco_deploy.training.backbone import Backbone
 
 _TABLES = ("_token", "pos_embed", "relative_position_bias_table")
 """Ends of the names of what is no weight matrix though it has two dimensions: none of them decays."""
-_EMBEDDING = ("patch_embed.", "pos_embed", "cls_token", "dist_token", "reg_token")
+_EMBEDDING = ("patch_embed.", "pos_embed", "cls_token", "dist_token", "reg_token", "norm_pre.")
 
 
 def layer_numbers(names: Iterable[str]) -> dict[str, int]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -118,6 +119,15 @@ def test_merging_of_patches_belongs_to_the_last_block_before_it() -> None:
     assert numbers["layers.0.blocks.0.attn.qkv.weight"] == numbers["layers.1.downsample.reduction.weight"] == 1
     assert [numbers[f"layers.1.blocks.{block}.norm1.weight"] for block in (0, 1)] == [2, 3]
     assert numbers["norm.weight"] == 4
+
+
+def test_what_norms_the_tokens_before_the_blocks_goes_with_their_embedding() -> None:
+    body = timm.create_model("vit_base_patch32_clip_224", embed_dim=16, depth=2, num_heads=2, num_classes=0)
+    numbers = layer_numbers(name for name, _ in body.named_parameters())
+    assert {numbers[name] for name in ("norm_pre.weight", "norm_pre.bias", "cls_token", "patch_embed.proj.weight")} == {
+        0
+    }
+    assert (numbers["blocks.1.mlp.fc1.bias"], numbers["norm.weight"]) == (2, 3)
 
 
 def test_layers_of_a_model_without_blocks_are_refused_but_at_one() -> None:
