@@ -102,6 +102,7 @@ def form_content(model: str | None) -> dict[str, Any]:
     properties: dict[str, Any] = {"file": {"type": "array", "items": {"type": "string", "format": "binary"}}}
     form = {"type": "object", "properties": properties, "additionalProperties": False}
     if model is None:
+        properties["file"]["minItems"] = 1
         content = {"multipart/form-data": {"schema": form | {"required": ["file"]}}}
         return {"requestBody": {"required": True, "content": content}}
     body = json_content(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Mapping
 from http import HTTPStatus
 
@@ -113,6 +114,14 @@ class ProblemFileResponse(FileResponse):
             await problem(refusal["status"], detail, request_id_of(scope), headers=headers)(scope, receive, send)
 
 
+def _methods_of(request: Request) -> list[str]:
+    """All that an address answers to, by the description of the API; Starlette tells those of its first route only."""
+    described = request.app.openapi()["paths"].items()
+    path = request.url.path
+    found = [methods for shape, methods in described if re.fullmatch(re.sub(r"{[^}]*}", "[^/]+", shape), path)]
+    return sorted(method.upper() for methods in found for method in methods)
+
+
 def add_handlers(app: FastAPI) -> None:
     """Let every error of an application be such a document."""
 
@@ -139,7 +148,10 @@ def add_handlers(app: FastAPI) -> None:
 
     async def plain(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return problem(error.status_code, str(error.detail), request_id_of(request.scope), headers=error.headers)
+        headers = error.headers
+        if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+            headers = {**(headers or {}), **({"Allow": ", ".join(known)} if (known := _methods_of(request)) else {})}
+        return problem(error.status_code, str(error.detail), request_id_of(request.scope), headers=headers)
 
     app.add_exception_handler(MimcoError, refused)
     app.add_exception_handler(RequestValidationError, invalid)

@@ -136,3 +136,18 @@ def test_nothing_is_asked_of_any_other_machine(place: Place, monkeypatch: pytest
         assert client.post("/v1/search", files=[("file", place.picture(3).read_bytes())]).status_code == 200
         assert client.get("/v1/map").status_code == 200
         assert client.get("/v1/duplicates").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "methods"),
+    [
+        ("/v1/jobs", "GET, POST"),
+        ("/v1/jobs/0000000000000000", "DELETE, GET"),
+        ("/v1/session", "DELETE, POST"),
+        ("/v1/search", "POST"),
+    ],
+)
+def test_an_address_tells_all_that_it_answers_to(client: TestClient, path: str, methods: str) -> None:
+    answer = client.request("PATCH", path)
+    assert (answer.status_code, answer.headers["allow"]) == (405, methods)
+    assert answer.json()["status"] == 405
