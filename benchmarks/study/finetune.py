@@ -44,6 +44,8 @@ def finetune(config: FinetuneConfig, folder: Path) -> list[dict[str, float]]:
     """Train, or go on where it was interrupted; the rows of its log, one an epoch."""
     last = folder / LAST
     resume = read_run(last, "finetune") if last.exists() else None
+    if resume is not None and resume.config != config:
+        sys.exit(f"{folder} holds a run of other settings: remove it")
     if resume is None or resume.progress.step < resume.progress.total_steps:
         train_with_labels(resume.config if resume else config, folder, resume=resume)
     return read_run(last, "finetune").progress.rows
@@ -57,7 +59,8 @@ def random_encoder(backbone: BackboneConfig, seed: int, folder: Path) -> Path:
 
 
 def copy_pictures(pictures: list[Picture], folder: Path) -> Path:
-    """The labelled pictures as a folder of <class>/<number>.jpg."""
+    """The labelled pictures as a folder of <class>/<number>.jpg, and nothing else."""
+    shutil.rmtree(folder, ignore_errors=True)
     for number, picture in enumerate(pictures):
         path = folder / str(picture.label) / f"{number:06}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,6 +90,8 @@ def main() -> None:
     for row in arguments.rows:
         name = f"{row}-seed{arguments.seed}"
         result = arguments.results / f"{name}.json"
+        if row == "teacher" and arguments.seed:
+            continue  # the one given, of no seed of theirs
         if result.exists():
             if json.loads(result.read_text(encoding="utf-8"))["made with"] != made_with:
                 sys.exit(f"{result} was made with another length or set of pictures")

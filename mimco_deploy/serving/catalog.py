@@ -35,10 +35,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mimco_deploy.errors import IndexStoreError
+from mimco_deploy.errors import IndexBusyError, IndexStoreError
 from mimco_deploy.images import Facts
 from mimco_deploy.serving.scan import Stamp
-from mimco_deploy.serving.schema import FORMAT_VERSION, SCHEMA, WITHOUT_PARTS_OF_PATHS, parts_of, upgrade
+from mimco_deploy.serving.schema import FORMAT_VERSION, READABLE, SCHEMA, parts_of, upgrade
 
 logger = logging.getLogger(__name__)
 
@@ -157,12 +157,7 @@ class Catalog:
             self._db = connect(path, "rw")
         try:
             with self.snapshot():
-                version = self._setting("format_version")
-            if version == str(WITHOUT_PARTS_OF_PATHS):
-                with explained(path):
-                    upgrade(self._db)
-            with self.snapshot():
-                if (version := self._setting("format_version")) != str(FORMAT_VERSION):
+                if (version := self._setting("format_version")) not in READABLE:
                     raise IndexStoreError(
                         f"{path} has format version {version}",
                         expected=str(FORMAT_VERSION),
@@ -373,6 +368,11 @@ class Catalog:
 
     # ------------------------------------------------------------------ what changes it
 
+    def upgrade(self) -> None:
+        """Bring an older format to the present one, which `put_file` needs. Under `writer_lock`, in no transaction."""
+        with explained(self._path):
+            upgrade(self._db)
+
     def add_root(self, path: Path) -> Root:
         """Record a folder."""
         number = self._db.execute("INSERT INTO roots (path) VALUES (?)", (os.fsencode(path),)).lastrowid
@@ -471,11 +471,11 @@ def explained(path: Path) -> Iterator[None]:
     except sqlite3.Error as error:
         code = getattr(error, "sqlite_errorcode", 0)
         if code in _LEFT_BEHIND:
-            raise IndexStoreError(
+            raise IndexBusyError(
                 f"{path}: its last writer was killed", expected="its owner to run once: mimco index"
             ) from error
         if code & 0xFF in _PASSING:
-            expected, command = "room on the disk, the right to write and no other writer", "mimco index"
-        else:
-            expected, command = "a catalogue", "mimco index reindex DIR"
-        raise IndexStoreError(f"{path}: {error}", expected=expected, command=command) from error
+            expected = "room on the disk, the right to write and no other writer"
+            kind = IndexStoreError if code & 0xFF == sqlite3.SQLITE_IOERR else IndexBusyError  # a disk may stay broken
+            raise kind(f"{path}: {error}", expected=expected, command="mimco index") from error
+        raise IndexStoreError(f"{path}: {error}", expected="a catalogue", command="mimco index reindex DIR") from error

@@ -28,6 +28,7 @@ import numpy.typing as npt
 from mimco_deploy.errors import ConditionError, ConfigError
 from mimco_deploy.serving.catalog import Listed, as_listed
 from mimco_deploy.serving.scan import readable
+from mimco_deploy.serving.schema import FUNCTIONS, columns_for_conditions
 from mimco_deploy.serving.side_table import SideTable, read_side_table
 
 COLUMNS = {
@@ -55,12 +56,12 @@ _VIEW = """
 CREATE TEMP VIEW {name} AS SELECT
     roots.path AS root_bytes, files.root_id AS root_id, files.path AS path_bytes, files.row AS row,
     {above} || CAST(files.path AS TEXT) AS path,
-    CASE files.name_at WHEN 1 THEN {root}
-        ELSE {above} || CAST(substr(files.path, 1, files.name_at - 2) AS TEXT) END AS folder,
-    CAST(substr(files.path, files.name_at) AS TEXT) AS name, files.suffix AS suffix,
+    CASE {name_at} WHEN 1 THEN {root}
+        ELSE {above} || CAST(substr(files.path, 1, {name_at} - 2) AS TEXT) END AS folder,
+    CAST(substr(files.path, {name_at}) AS TEXT) AS name, {suffix} AS suffix,
     {root} AS root,
     files.size AS bytes, files.mtime_ns AS mtime_ns,
-    files.modified AS modified, contents.taken AS taken, coalesce(contents.taken, files.modified) AS date,
+    {modified} AS modified, contents.taken AS taken, coalesce(contents.taken, {modified}) AS date,
     contents.width_px AS width_px, contents.height_px AS height_px,
     CASE WHEN contents.width_px > contents.height_px THEN 'landscape'
          WHEN contents.width_px < contents.height_px THEN 'portrait'
@@ -95,7 +96,7 @@ _SAFE_FUNCTIONS = frozenset(
         "julianday",
         "strftime",
     }
-    | {"time", "unicode", "typeof", "sign"}
+    | {"time", "unicode", "typeof", "sign", *FUNCTIONS}
 )
 _SIDE = "mimco_side"
 _READABLE = frozenset({"files", "roots", "contents", _FILES, _FILES_OF_ROWS, _SIDE})
@@ -141,7 +142,7 @@ class FilteredFiles:
         self._table: tuple[Path, int] | None = None
         self._key = ""
         self._side_columns: list[str] = []
-        self._roots: list[tuple[int, bytes]] | None = None
+        self._defined_for: tuple[list[tuple[int, bytes]], dict[str, str]] | None = None
         self._define_views()
 
     def rows(self, condition: Filter) -> npt.NDArray[np.int64]:
@@ -226,15 +227,16 @@ class FilteredFiles:
                 raise self._refused(condition, ValueError(f"{name!r} is no column; texts stand in single quotes"))
 
     def _define_views(self) -> None:
-        """Again where the indexed folders are others than before."""
+        """Again where the indexed folders, or the format, are others than before."""
         roots = self._db.execute("SELECT id, path FROM main.roots ORDER BY id").fetchall()
-        if roots == self._roots:
+        columns = columns_for_conditions(self._db)
+        if (roots, columns) == self._defined_for:
             return
         root, above = (_root_by_number(roots, end) for end in ("", "/"))
         for name, order in _ORDERS.items():
             self._db.execute(f"DROP VIEW IF EXISTS temp.{name}")
-            self._db.execute(_VIEW.format(name=name, order=order, root=root, above=above))
-        self._roots = roots
+            self._db.execute(_VIEW.format(name=name, order=order, root=root, above=above, **columns))
+        self._defined_for = (roots, columns)
 
     def _below(self, folder: Path) -> str:
         """The test for the files of a folder and below. The index has links resolved up to its folders, not below them.

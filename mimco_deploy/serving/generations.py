@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mimco_deploy.atomic import sync_dir, write_bytes
-from mimco_deploy.errors import EncoderMismatchError, IndexStoreError
+from mimco_deploy.errors import EncoderMismatchError, IndexBusyError, IndexStoreError
 from mimco_deploy.serving.catalog import BUDGET, Catalog, create_catalog
 from mimco_deploy.serving.salvage import Salvage
 from mimco_deploy.serving.vectors import create_vectors, read_vectors
@@ -87,15 +87,18 @@ def current_generation(index: Path) -> Generation:
 
 
 def begin_generation(index: Path, fingerprint: str, dim: int) -> Generation:
-    """Make the generation after the current one, or go on with one that was begun for the same encoder.
+    """Make a generation after the current one, or go on with one that was begun for the same encoder.
 
     Call under `writer_lock`. Readers do not see it before `switch_to`.
     """
-    generation = _generation(index, _last_number(index) + 1)
-    if _was_begun_for(generation, fingerprint, dim):
-        return generation
+    later = _later(index, _last_number(index))
+    for begun in later:
+        if _was_begun_for(begun, fingerprint, dim):
+            return begun
+    generation = _generation(index, max((one.number for one in later), default=_last_number(index)) + 1)
     with _explained(index):
-        shutil.rmtree(generation.path, ignore_errors=True)
+        for begun in later:
+            shutil.rmtree(begun.path, ignore_errors=True)
         generation.path.mkdir(parents=True)
         create_vectors(generation.vectors, dim)
         create_catalog(generation.catalog, fingerprint, dim)
@@ -108,18 +111,37 @@ def move_rebuild(index: Path, old: Generation, new: Generation) -> None:
     """Let what another encoder embedded anew, when it was cut short, follow the rewrite that takes the index's place.
 
     The rewrite has a higher number, so the rebuild would be swept away. One by the same encoder may go, since its
-    embeddings are those that the index holds. Call under `writer_lock`, between `promote` and `switch_to`.
+    embeddings are those that the index holds. Call under `writer_lock`, between `promote` and `switch_to`: after a
+    crash in between the rebuild is found all the same.
+
+    Raises:
+        IndexStoreError: it cannot be moved, or not be looked at for now.
     """
-    begun = _generation(index, old.number + 1)
+    with Catalog(new.catalog) as catalog:
+        fingerprint = catalog.fingerprint
+    for begun in _later(index, old.number):
+        if begun.number < new.number and _holds_rows_of_another(begun, fingerprint):
+            with _explained(index):
+                begun.path.replace(_generation(index, _later(index, old.number)[0].number + 1).path)
+                sync_dir(index)
+
+
+def _later(index: Path, number: int) -> list[Generation]:
+    """Generations above a number, the highest first: what was begun, and what a crash left."""
+    if not index.is_dir():
+        return []
+    numbers = [int(folder.name) for folder in index.iterdir() if folder.name.isdecimal()]
+    return [_generation(index, one) for one in sorted(numbers, reverse=True) if one > number]
+
+
+def _holds_rows_of_another(begun: Generation, fingerprint: str) -> bool:
     try:
-        with Catalog(begun.catalog) as rebuilt, Catalog(new.catalog) as catalog, rebuilt.snapshot():
-            wanted = rebuilt.fingerprint != catalog.fingerprint and rebuilt.row_count() > 0
+        with Catalog(begun.catalog) as catalog, catalog.snapshot():
+            return catalog.fingerprint != fingerprint and catalog.row_count() > 0
+    except IndexBusyError:
+        raise
     except IndexStoreError:
-        return  # nothing was begun, or nothing that a rebuild would go on with
-    if wanted:
-        with _explained(index):
-            begun.path.replace(_generation(index, new.number + 1).path)
-            sync_dir(index)
+        return False  # nothing that a rebuild would go on with
 
 
 def take_over(index: Path, begun: Catalog, folders: Sequence[Path]) -> None:
@@ -136,6 +158,8 @@ def take_over(index: Path, begun: Catalog, folders: Sequence[Path]) -> None:
     try:
         with Catalog(current_generation(index).catalog) as old, old.snapshot():
             budget, wanted = old.setting(BUDGET), {*folders, *(root.path for root in old.roots())}
+    except IndexBusyError:
+        raise
     except IndexStoreError:
         return
     with begun.transaction():
@@ -150,6 +174,8 @@ def files_to_replace(index: Path) -> list[Path]:
     try:
         with Catalog(current_generation(index).catalog) as old, old.snapshot():
             return old.files()
+    except IndexBusyError:
+        raise
     except IndexStoreError:
         return []
 
@@ -168,8 +194,7 @@ def stage_generation(index: Path) -> Generation:
 
 def promote(index: Path, staged: Generation) -> Generation:
     """Give a filled folder the next free number. `switch_to` then makes it the current one."""
-    numbers = [int(folder.name) for folder in index.iterdir() if folder.name.isdecimal()]
-    generation = _generation(index, max(numbers, default=0) + 1)
+    generation = _generation(index, max((one.number for one in _later(index, 0)), default=0) + 1)
     with _explained(index):
         sync_dir(staged.path)
         staged.path.replace(generation.path)
@@ -302,5 +327,7 @@ def _was_begun_for(generation: Generation, fingerprint: str, dim: int) -> bool:
         with Catalog(generation.catalog) as catalog, catalog.snapshot():
             read_vectors(generation.vectors, catalog.embedding_dim, catalog.row_count())
             return catalog.fingerprint == fingerprint and catalog.embedding_dim == dim
+    except IndexBusyError:
+        raise
     except IndexStoreError:
         return False

@@ -160,6 +160,7 @@ def import_index(index: Path, source: Path) -> int:
             switch_to(index, generation)
         catalog = stack.enter_context(Catalog(generation.catalog))
         check_encoder(index, catalog.fingerprint, header.fingerprint)
+        catalog.upgrade()
         with catalog.snapshot():
             rows = catalog.row_count()
         count = 0

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from mimco_deploy.errors import IndexStoreError
+from mimco_deploy.errors import IndexBusyError, IndexStoreError
 from mimco_deploy.serving.catalog import Catalog, Root
 from mimco_deploy.serving.generations import Generation, current_generation, has_index, writer_lock
 from mimco_deploy.serving.inspect import read_current
@@ -49,7 +49,7 @@ def roots_to_keep(index: Path, *, may_be_broken: bool) -> list[Path]:
         with Catalog(current_generation(index).catalog) as catalog, catalog.snapshot():
             recorded = [(root.path, len(catalog.file_stamps(root))) for root in catalog.roots()]
     except IndexStoreError as error:
-        if not may_be_broken:
+        if isinstance(error, IndexBusyError) or not may_be_broken:
             raise
         logger.warning("the old index cannot be read, only the folders given are indexed: %s", error)
         return []

@@ -22,7 +22,7 @@ from mimco_deploy.serving.catalog import (
     create_catalog,
     explained,
 )
-from mimco_deploy.serving.schema import FORMAT_VERSION, WITHOUT_PARTS_OF_PATHS, parts_of
+from mimco_deploy.serving.schema import FORMAT_VERSION, READABLE, parts_of
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class Salvage:
             with explained(path):
                 self._settings = dict(self._db.execute("SELECT key, value FROM settings"))
             version = self._settings.get("format_version")
-            if version not in (str(WITHOUT_PARTS_OF_PATHS), str(FORMAT_VERSION)):
+            if version not in READABLE:
                 raise IndexStoreError(f"{path} has format version {version}", expected=str(FORMAT_VERSION))
             self.embedding_dim = int(self._settings["embedding_dim"])
             self._fingerprint = self._settings["fingerprint"]

@@ -12,8 +12,12 @@ import sqlite3
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 3
-WITHOUT_PARTS_OF_PATHS = 2
-"""The format that can be brought to the present one."""
+_WITHOUT_PARTS_OF_PATHS = "2"
+READABLE = (_WITHOUT_PARTS_OF_PATHS, str(FORMAT_VERSION))
+"""Formats that can be read. Whoever adds files brings the older one to the present one first."""
+
+FUNCTIONS = ("mimco_name_at", "mimco_suffix")
+"""Of Python, for the older format: what `parts_of` gives."""
 
 _FILES = """
 CREATE TABLE {name} (
@@ -68,33 +72,51 @@ def parts_of(path: bytes) -> tuple[int, str]:
     return name_at + 1, path[dot:].decode("utf-8", "replace").lower() if dot > name_at else ""
 
 
+def columns_for_conditions(connection: sqlite3.Connection) -> dict[str, str]:
+    """An expression of SQL for each of `name_at`, `suffix` and `modified` of `files`; slow ones in the older format."""
+    names = {name for _, name, *_ in connection.execute("PRAGMA main.table_xinfo(files)")}
+    if "name_at" in names:
+        return {name: f"files.{name}" for name in ("name_at", "suffix", "modified")}
+    _add_functions(connection)
+    modified = "strftime('%Y-%m-%dT%H:%M:%S', files.mtime_ns / 1000000000, 'unixepoch')"
+    return {"name_at": "mimco_name_at(files.path)", "suffix": "mimco_suffix(files.path)", "modified": modified}
+
+
+def _add_functions(connection: sqlite3.Connection) -> None:
+    for number, name in enumerate(FUNCTIONS):
+        connection.create_function(name, 1, lambda path, number=number: parts_of(path)[number], deterministic=True)
+
+
 def upgrade(connection: sqlite3.Connection) -> None:
-    """Bring a catalogue of format 2 to the present one, whole or not at all; another process may have done so.
+    """Bring a catalogue of format 2 to the present one, whole or not at all. What is wrong in it stays wrong.
 
     Raises:
         sqlite3.Error: it cannot be written, or there is no room.
     """
-    for number, name in enumerate(("name_at", "suffix")):
-        connection.create_function(name, 1, lambda path, number=number: parts_of(path)[number], deterministic=True)
+    (version,) = connection.execute("SELECT value FROM settings WHERE key = 'format_version'").fetchone()
+    if version != _WITHOUT_PARTS_OF_PATHS:
+        return
+    _add_functions(connection)
+    connection.execute("PRAGMA foreign_keys = OFF")  # `verify` tells of a file without a row, and `repair` mends it
     connection.execute("BEGIN IMMEDIATE")
     try:
-        (version,) = connection.execute("SELECT value FROM settings WHERE key = 'format_version'").fetchone()
-        if version == str(WITHOUT_PARTS_OF_PATHS):
-            (count,) = connection.execute("SELECT count(*) FROM files").fetchone()
-            logger.info("the catalogue of %d files is brought to format %d", count, FORMAT_VERSION)
-            for statement in (
-                _FILES.format(name="files_anew"),
-                "INSERT INTO files_anew"
-                " SELECT root_id, path, size, mtime_ns, row, name_at(path), suffix(path) FROM files",
-                "DROP TABLE files",
-                "ALTER TABLE files_anew RENAME TO files",
-                *_ABOUT_FILES,
-                f"UPDATE settings SET value = '{FORMAT_VERSION}' WHERE key = 'format_version'",
-                "UPDATE settings SET value = value + 1 WHERE key = 'revision'",
-            ):
-                connection.execute(statement)
+        (count,) = connection.execute("SELECT count(*) FROM files").fetchone()
+        logger.info("the catalogue of %d files is brought to format %d", count, FORMAT_VERSION)
+        for statement in (
+            _FILES.format(name="files_anew"),
+            "INSERT INTO files_anew"
+            " SELECT root_id, path, size, mtime_ns, row, mimco_name_at(path), mimco_suffix(path) FROM files",
+            "DROP TABLE files",
+            "ALTER TABLE files_anew RENAME TO files",
+            *_ABOUT_FILES,
+            f"UPDATE settings SET value = '{FORMAT_VERSION}' WHERE key = 'format_version'",
+            "UPDATE settings SET value = value + 1 WHERE key = 'revision'",
+        ):
+            connection.execute(statement)
         connection.execute("COMMIT")
     except BaseException:
         if connection.in_transaction:  # SQLite has already rolled back after a full disk
             connection.execute("ROLLBACK")
         raise
+    finally:
+        connection.execute("PRAGMA foreign_keys = ON")

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -158,6 +159,7 @@ def update_index(
         generation = _generation_to_fill(index, encoder, rebuild)
         with Catalog(generation.catalog) as catalog:
             check_encoder(index, catalog.fingerprint, encoder.spec.fingerprint)
+            catalog.upgrade()
             if rebuild:
                 take_over(index, catalog, folders)
             with catalog.snapshot():
@@ -208,7 +210,6 @@ class _Update:
         self._added = self._changed = self._removed = self._unchanged = self._embedded = 0
         self._unreachable: list[Unreachable] = []
         self._unlisted: list[tuple[Root, Unlisted]] = []
-        self._unread: set[Root] = set()
         self._progress = Progress(0, 0, 0.0, 0.0)
         self._told_at, self._waited_s = time.perf_counter(), 0.0
 
@@ -217,11 +218,11 @@ class _Update:
             touched = record_roots(self._catalog, folders)
             roots = self._catalog.roots() if everything else touched
         jobs = [job for root in roots for job in self._compare(root)]
-        if self.replaces is not None and self._unlisted:
+        if self.replaces is not None:
             self._refuse_to_lose(self.replaces, jobs)
         self._read_and_commit(jobs)
         if self.replaces is not None:
-            self._refuse_where_roots_went_away()
+            self._refuse_to_lose(self.replaces, ())
         with self._catalog.snapshot():
             problems, counts = tuple(self._catalog.problems()), self._catalog.counts()
         return UpdateReport(
@@ -254,43 +255,30 @@ class _Update:
         return [Job(root, file, file.path in listed) for file in sorted(changes.new + changes.changed)]
 
     def _refuse_to_lose(self, index: Path, jobs: Sequence[Job]) -> None:
-        """Before hours of embedding: what is not whole cannot take the place of the old index.
+        """Before hours of embedding, and after them: what is not whole cannot take the place of the old index.
+
+        Args:
+            index: the index folder.
+            jobs: that are still to be done.
 
         Raises:
-            IndexStoreError: that holds files which the walks could not look at.
+            IndexStoreError: that holds files which the walks could not look at, or in a folder that is empty or away
+                now, as where a disk was mounted that is taken out.
         """
         with self._catalog.snapshot():
-            held = {*self._catalog.files(), *(problem.path for problem in self._catalog.problems())}
+            problems = [one.path for one in self._catalog.problems() if jobs or one.problem != "unreadable"]
+            held, roots = {*self._catalog.files(), *problems}, [root.path for root in self._catalog.roots()]
         held.update(job.root.path / job.file.path for job in jobs)
         missed = [path for path in files_to_replace(index) if path not in held]
         for root, folder in self._unlisted:
             below = (str(path.relative_to(root.path)) for path in missed if path.is_relative_to(root.path))
             if lost := sum(map(folder.hides, below)):
-                where = readable(root.path / folder.path)
-                raise IndexStoreError(
-                    f"{where} cannot be read ({folder.reason}), and a rebuild would lose its {lost} files",
-                    expected="all indexed folders to be readable",
-                    command="mimco index reindex",
-                )
-
-    def _refuse_where_roots_went_away(self) -> None:
-        """A disk that is taken out leaves no folder, or the empty one that it was mounted on.
-
-        Raises:
-            IndexStoreError: one did while its files were read.
-        """
-        for root in self._unread:
-            try:
-                with os.scandir(root.path) as entries:
-                    reason = "" if any(entries) else "it is empty"
-            except OSError as error:
-                reason = error.strerror or type(error).__name__
-            if reason:
-                raise IndexStoreError(
-                    f"{readable(root.path)} went away while it was embedded ({reason})",
-                    expected="all indexed folders until the end; what was embedded is kept",
-                    command="mimco index reindex",
-                )
+                raise _would_lose(root.path / folder.path, folder.reason, lost)
+        for parent, lost in Counter(path.parent for path in missed).items():
+            top = next((root for root in roots if parent.is_relative_to(root)), None)
+            found = next((one for one in (parent, *parent.parents) if one == top or one.is_dir()), parent)
+            if top is not None and (reason := _emptied(found)):
+                raise _would_lose(found, reason, lost)
 
     def _read_and_commit(self, jobs: Sequence[Job]) -> None:
         if not jobs:
@@ -357,13 +345,27 @@ class _Update:
                 self._added += not job.listed
                 self._changed += job.listed
             case Refused():
-                if outcome.problem == "unreadable":
-                    self._unread.add(job.root)
                 logger.info("not indexed: %s", outcome.found)
                 self._catalog.put_problem(job.root, job.file.path, outcome.stamp, outcome.problem, outcome.found)
             case Vanished():
-                self._unread.add(job.root)
                 self._removed += self._catalog.drop(job.root, [job.file.path])
+
+
+def _would_lose(folder: Path, reason: str, files: int) -> IndexStoreError:
+    return IndexStoreError(
+        f"{readable(folder)} cannot be read ({reason}), and a rebuild would lose its {files} files",
+        expected="all indexed folders to be readable; where files are gone for good, mimco index first",
+        command="mimco index reindex",
+    )
+
+
+def _emptied(folder: Path) -> str:
+    """Why nothing is found in a folder, in words; empty where something is."""
+    try:
+        with os.scandir(folder) as entries:
+            return "" if any(entries) else "it is empty"
+    except OSError as error:
+        return error.strerror or type(error).__name__
 
 
 class _Batch:

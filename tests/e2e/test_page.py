@@ -163,6 +163,44 @@ def test_an_uploaded_picture_outlives_the_page_but_not_the_browser(browser: Any,
     other.close()
 
 
+def test_an_upload_of_another_tab_is_found_and_one_that_is_lost_is_told_once(
+    browser: Any, address: str, own: Place
+) -> None:
+    context = browser.new_context()
+    first, second = context.new_page(), context.new_page()
+    first.goto(address)
+    search_with(first, own.picture(5), own.picture(7))
+    second.goto(address)
+    second.wait_for_selector("#hits li")
+    second.evaluate("hash => { location.hash = hash; }", first.url.partition("#")[2])
+    until(second, f"document.querySelectorAll('#hits .line').length === {len(names(first))}")
+    assert names(second) == names(first)
+    part = first.url.partition("part=")[2].partition("&")[0]
+    second.evaluate("hash => { location.hash = hash; }", f"part={part}&part=u0-0_-1")
+    second.wait_for_selector("#nothing:visible")
+    assert "not kept any more" in second.inner_text("#nothing")
+    assert second.locator("#hits .line").count() == 0, "half a query is no query"
+    second.click("#tab-index")
+    second.click("#tab-search")
+    until(second, "document.querySelector('#hits .line + .name')?.innerText === '0005.png'")
+    assert not second.is_visible("#nothing")
+    context.close()
+
+
+def test_a_browser_that_keeps_nothing_and_does_not_say_so_is_not_waited_for(
+    browser: Any, page: Any, own: Place
+) -> None:
+    search_with(page, own.picture(5))
+    context = browser.new_context()
+    context.add_init_script("IDBFactory.prototype.open = () => ({});")
+    silent = context.new_page()
+    silent.goto(page.url)
+    silent.wait_for_selector("#nothing:visible", timeout=WAIT_S * 1e3)
+    search_with(silent, own.picture(5))
+    assert names(silent)[0] == "0005.png"
+    context.close()
+
+
 def test_a_picture_that_is_too_large_is_not_sent(page: Any, own: Place, tmp_path: Path) -> None:
     large = tmp_path / "large.png"
     large.write_bytes(own.picture(5).read_bytes() + bytes(33 * 2**20))

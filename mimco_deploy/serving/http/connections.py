@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ipaddress
 import json
 import uuid
 
@@ -39,14 +41,17 @@ class PatientProtocol(H11Protocol):
 
     _patience: asyncio.TimerHandle | None = None
     _is_refused = False
+    _since = 0.0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         """Hold it, or say that there are too many."""
         super().connection_made(transport)
-        self._is_refused = len(self.connections) > most_connections() and not self._make_room()
+        self._since = self.loop.time()
+        self._is_refused = not self._has_room()
         if self._is_refused:
             transport.write(_refusal())
-            transport.write_eof()
+            with contextlib.suppress(OSError):  # it may be gone already
+                transport.write_eof()
         self._wait(_LINGER_S if self._is_refused else HEAD_S)
 
     def data_received(self, data: bytes) -> None:
@@ -76,23 +81,34 @@ class PatientProtocol(H11Protocol):
         self._stop_waiting()
         super().connection_lost(exc)
 
-    def _make_room(self) -> bool:
-        """End a connection of the address that holds most, unless that is this one's own or all of them are at work."""
+    def _has_room(self) -> bool:
+        """Whether one more can be held; where not, one of an address that holds more than this one's makes room.
+
+        Those that do nothing come first, then those whose request is on its way, then those whose answer is; of each
+        the oldest. What is at work is not ended.
+        """
         held: dict[str, list[PatientProtocol]] = {}
         for one in self.connections:
             assert isinstance(one, PatientProtocol)
-            held.setdefault(one.client[0] if one.client else "", []).append(one)
+            if not (one._is_refused or one.transport.is_closing()):
+                held.setdefault(_neighbourhood(one.client), []).append(one)
+        if sum(map(len, held.values())) <= most_connections():
+            return True
         greediest = max(held.values(), key=len)
-        idle = [one for one in greediest if one is not self and one.is_idle()]
-        if self in greediest or not idle:
+        idle = [one for one in greediest if one.idleness() is not None]
+        if len(greediest) <= len(held[_neighbourhood(self.client)]) or not idle:
             return False
-        idle[0].transport.abort()
+        min(idle, key=lambda one: (one.idleness(), one._since)).transport.abort()
         return True
 
-    def is_idle(self) -> bool:
-        """Whether nothing is done for it: no request is there as a whole, or its answer is taken or waits to be."""
+    def idleness(self) -> int | None:
+        """0 where it does nothing, 1 where a request is on its way, 2 where an answer is not taken; None at work."""
         cycle = self.cycle
-        return self._patience is not None or cycle is None or cycle.response_complete or bool(cycle.more_body)
+        if cycle is None or cycle.response_complete:
+            return 0
+        if cycle.more_body:
+            return 1
+        return 2 if self._patience is not None else None
 
     def _wait(self, seconds: float) -> None:
         # An orderly close would wait until all that is written has been taken.
@@ -102,6 +118,17 @@ class PatientProtocol(H11Protocol):
         if self._patience is not None:
             self._patience.cancel()
             self._patience = None
+
+
+def _neighbourhood(client: tuple[str, int] | None) -> str:
+    """What counts as one address: of IPv6 the 64 bits that a provider gives to one customer."""
+    try:
+        address = ipaddress.ip_address(client[0] if client else "")
+    except ValueError:
+        return ""
+    if isinstance(address, ipaddress.IPv6Address):
+        return str(address.ipv4_mapped or ipaddress.ip_network((address, 64), strict=False))
+    return str(address)
 
 
 def _refusal() -> bytes:

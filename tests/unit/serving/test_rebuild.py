@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from mimco_deploy.errors import EncoderMismatchError, IndexStoreError
+from mimco_deploy.serving import rewrite as rewrite_module
 from mimco_deploy.serving import update
 from mimco_deploy.serving.generations import begin_generation, current_generation, switch_to, writer_lock
 from mimco_deploy.serving.index import ImageIndex
@@ -126,6 +127,28 @@ def test_a_rewrite_drops_nothing_that_a_killed_rebuild_embedded(
     assert grow(tmp_path, CountingEncoder(seed=1, fingerprint=OTHER), rebuild=True).embedded == 2
     assert folders(index) == ["000006"]
     assert rewrite(index).files == 10
+
+
+def test_a_rewrite_that_is_killed_before_it_takes_over_keeps_that_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gallery(tmp_path / "a", 10)
+    index = tmp_path / "index"
+    grow(tmp_path, CountingEncoder(), tmp_path / "a")
+    with pytest.raises(Killed):
+        grow(tmp_path, FailingEncoder(8, 1, OTHER), rebuild=True)
+
+    def killed(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rewrite_module, "switch_to", killed)
+        with pytest.raises(Killed):
+            compact(index)
+    assert folders(index) == ["000001", "000003", "000004"]
+    assert compact(index).files == 10
+    assert grow(tmp_path, CountingEncoder(seed=1, fingerprint=OTHER), rebuild=True).embedded == 2
+    assert len(folders(index)) == 1
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from mimco_deploy.serving.inspect import recorded_encoder, status_of
 from mimco_deploy.serving.pictures import read_pictures
 from mimco_deploy.serving.roots import forget_roots, move_roots
 from mimco_deploy.serving.tuning import Budget, tune_index
-from mimco_deploy.serving.update import update_index
+from mimco_deploy.serving.update import UpdateReport, update_index
 from tests.helpers import CountingEncoder, Embeddings, Images, gallery, tiny_bundle
 
 OTHER = "0" * 64
@@ -97,14 +97,19 @@ def test_a_first_run_that_was_killed_says_what_embedded_it(tmp_path: Path) -> No
     assert recorded_encoder(tmp_path / "index") == bundle
 
 
+@pytest.mark.parametrize("disk", ["a", "a/disk"])
 @pytest.mark.parametrize("mounted_on", [False, True])
 def test_a_rebuild_whose_disk_is_taken_out_replaces_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mounted_on: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disk: str, mounted_on: bool
 ) -> None:
-    folder, index = tmp_path / "a", tmp_path / "index"
+    folder, index = tmp_path / disk, tmp_path / "index"
     gallery(folder, 4)
+    if disk != "a":
+        mounted_on = True  # without a place to mount it on, it was deleted for all that can be known
+        gallery(tmp_path / "a/here", 4, first=20)
     gallery(tmp_path / "b", 4, first=10)
-    update_index(index, [folder, tmp_path / "b"], CountingEncoder())
+    update_index(index, [tmp_path / "a", tmp_path / "b"], CountingEncoder())
+    count = len(ImageIndex.open(index).files())
 
     def taken_out(*arguments: Any) -> Iterator[Any]:
         folder.rename(tmp_path / "away")
@@ -112,16 +117,33 @@ def test_a_rebuild_whose_disk_is_taken_out_replaces_nothing(
             folder.mkdir()
         return read_pictures(*arguments)
 
+    def rebuilt() -> UpdateReport:
+        return update_index(index, [], CountingEncoder(1, OTHER), rebuild=True)
+
     monkeypatch.setattr(update, "read_pictures", taken_out)
-    with pytest.raises(IndexStoreError, match=r"a went away while it was embedded"):
-        update_index(index, [], CountingEncoder(1, OTHER), rebuild=True)
+    with pytest.raises(IndexStoreError, match=rf"{disk} cannot be read .*a rebuild would lose its 4 files"):
+        rebuilt()
     monkeypatch.setattr(update, "read_pictures", read_pictures)
-    assert len(ImageIndex.open(index, "f" * 64).files()) == 8
+    with pytest.raises(IndexStoreError, match="a rebuild would lose its 4 files"):
+        rebuilt()  # nor the next time
+    assert len(ImageIndex.open(index, "f" * 64).files()) == count
     if mounted_on:
         folder.rmdir()
     (tmp_path / "away").rename(folder)
-    report = update_index(index, [], CountingEncoder(1, OTHER), rebuild=True)
-    assert (report.embedded, report.counts.files) == (4, 8)
+    report = rebuilt()
+    assert (report.embedded, report.counts.files) == (4, count)
+
+
+def test_a_folder_that_was_emptied_for_good_is_dropped_by_an_update_first(tmp_path: Path) -> None:
+    paths, index = gallery(tmp_path / "a", 4), tmp_path / "index"
+    gallery(tmp_path / "b", 2, first=10)
+    update_index(index, [tmp_path / "a", tmp_path / "b"], CountingEncoder())
+    for path in paths:
+        path.unlink()
+    with pytest.raises(IndexStoreError, match=r"it is empty.*where files are gone for good, mimco index first"):
+        update_index(index, [], CountingEncoder(1, OTHER), rebuild=True)
+    assert update_index(index, [], CountingEncoder()).removed == 4
+    assert update_index(index, [], CountingEncoder(1, OTHER), rebuild=True).counts.files == 2
 
 
 def test_a_rebuild_goes_on_where_files_are_deleted_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,16 +8,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mimco_deploy.errors import IndexStoreError
+from mimco_deploy.errors import IndexBusyError, IndexStoreError
+from mimco_deploy.serving import catalog as catalog_module
+from mimco_deploy.serving import update
 from mimco_deploy.serving.catalog import Catalog
 from mimco_deploy.serving.filters import Filter
 from mimco_deploy.serving.generations import current_generation
 from mimco_deploy.serving.index import ImageIndex
 from mimco_deploy.serving.inspect import verify
+from mimco_deploy.serving.interchange import export_index, import_index
+from mimco_deploy.serving.rewrite import repair
 from mimco_deploy.serving.salvage import Salvage
 from mimco_deploy.serving.schema import parts_of, upgrade
 from mimco_deploy.serving.update import update_index
-from tests.helpers import CountingEncoder, noise
+from tests.helpers import CountingEncoder, Embeddings, Images, noise
 
 NAMES = ["top.jpg", "a.b/c.JPG", "a.b/d.tar.png", "ü/é.png", "deep/er/x.webp", "no\udcfftext/y\udcc3.png"]
 
@@ -33,9 +37,9 @@ def index(tmp_path: Path) -> Path:
     return tmp_path / "index"
 
 
-def make_old(index: Path) -> sqlite3.Connection:
+def make_old(index: Path, catalog: Path | None = None) -> sqlite3.Connection:
     """Bring a catalogue back to format 2, as mimco wrote it until November 2026."""
-    db = sqlite3.connect(current_generation(index).catalog, isolation_level=None)
+    db = sqlite3.connect(catalog or current_generation(index).catalog, isolation_level=None)
     db.executescript("""
         BEGIN;
         CREATE TABLE files_2 (
@@ -108,27 +112,39 @@ def test_the_parts_follow_a_folder_that_comes_to_lie_in_another(tmp_path: Path, 
     assert parts(index) == sorted(true_parts(*one) for one in below)
 
 
-def test_an_index_of_the_format_before_is_brought_to_the_present_one(
+CONDITION = Filter("folder like '%/a.b' and suffix = '.jpg' and name = 'c.JPG' and modified > '2001' and date > '2001'")
+
+
+def test_an_index_of_the_format_before_is_read_as_it_is_and_brought_to_the_present_one_by_the_next_update(
     tmp_path: Path, index: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     before, made, query = parts(index), schema(index), CountingEncoder().embed(np.stack([np.asarray(noise(0))]))[0]
     with ImageIndex.open(index) as opened:
         hits = opened.search(query, 9)
     make_old(index).close()
-    assert schema(index) != made
+    old = current_generation(index).catalog.read_bytes()
     caplog.set_level("INFO")
     with ImageIndex.open(index) as opened:
         assert opened.search(query, 9) == hits
-        assert (
-            len(opened.search(query, 9, Filter("folder like '%/a.b' and suffix = '.jpg' and modified > '2001'"))) == 1
-        )
+        assert [hit.path.name for hit in opened.search(query, 9, CONDITION)] == ["c.JPG"]
+        assert verify(index) == []
+        assert current_generation(index).catalog.read_bytes() == old, "who reads writes nothing"
+        noise(9).save(tmp_path / "photos/new.png")
+        (tmp_path / "photos/top.jpg").unlink()
+        report = update_index(index, [], CountingEncoder())
+        assert (report.added, report.removed, report.embedded) == (1, 1, 1)
+        assert [hit.path.name for hit in opened.search(query, 9, CONDITION)] == ["c.JPG"], "open all the while"
     assert "the catalogue of 6 files is brought to format 3" in caplog.text
-    assert (parts(index), schema(index)) == (before, made)
+    assert schema(index) == made
+    assert [one for one in parts(index) if one[0] != b"new.png"] == [one for one in before if one[0] != b"top.jpg"]
     assert verify(index) == []
-    noise(9).save(tmp_path / "photos/new.png")
-    (tmp_path / "photos/top.jpg").unlink()
-    report = update_index(index, [], CountingEncoder())
-    assert (report.added, report.removed) == (1, 1)
+
+
+def test_an_import_brings_the_format_before_to_the_present_one(tmp_path: Path, index: Path) -> None:
+    export_index(index, tmp_path / "all.npy")
+    make_old(index).close()
+    assert import_index(index, tmp_path / "all.npy") == len(NAMES)
+    assert len(parts(index)) == len(NAMES)
     assert verify(index) == []
 
 
@@ -148,7 +164,54 @@ def test_an_upgrade_that_fails_leaves_what_was(index: Path) -> None:
             upgrade(db)
         assert "\n".join(db.iterdump()) == before
     with pytest.raises(IndexStoreError, match=r"catalog\.sqlite: .*files_anew"):
-        Catalog(current_generation(index).catalog)
+        update_index(index, [], CountingEncoder())
+
+
+def test_what_was_wrong_before_is_told_and_not_in_the_way(index: Path) -> None:
+    with contextlib.closing(make_old(index)) as db:
+        db.execute("UPDATE files SET row = 99 WHERE path = ?", (b"top.jpg",))
+    assert verify(index) == ["catalogue: files names a row of contents that is not there"]
+    update_index(index, [], CountingEncoder())
+    assert verify(index) == ["catalogue: files names a row of contents that is not there"]
+    assert repair(index).lost_files == 1
+    update_index(index, [], CountingEncoder())
+    assert (verify(index), len(parts(index))) == ([], len(NAMES))
+
+
+def test_a_rebuild_that_was_begun_in_the_format_before_goes_on(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(update, "COMMIT_EVERY_S", 0.0)
+
+    class Killed(BaseException):
+        pass
+
+    class FailingEncoder(CountingEncoder):
+        def embed(self, images: Images) -> Embeddings:
+            if self.batches:
+                raise Killed
+            return super().embed(images)
+
+    with pytest.raises(Killed):
+        update_index(index, [], FailingEncoder(1, "0" * 64), batch_size=4, rebuild=True)
+    with Catalog(index / "000002/catalog.sqlite") as begun, begun.snapshot():
+        done = begun.row_count()
+    make_old(index).close()
+    make_old(index, index / "000002/catalog.sqlite").close()
+    report = update_index(index, [], CountingEncoder(1, "0" * 64), batch_size=4, rebuild=True)
+    assert (report.embedded, report.counts.files) == (len(NAMES) - done, len(NAMES))
+    assert done > 0
+
+
+def test_a_catalogue_that_is_held_for_now_is_not_taken_for_a_broken_one(
+    tmp_path: Path, index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalog_module, "_WAIT_S", 0.1)
+    (tmp_path / "other").mkdir()
+    noise(50).save(tmp_path / "other/x.png")
+    with contextlib.closing(sqlite3.connect(current_generation(index).catalog, isolation_level=None)) as held:
+        held.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(IndexBusyError, match="database is locked"):
+            update_index(index, [tmp_path / "other"], CountingEncoder(), rebuild=True)
+    assert update_index(index, [tmp_path / "other"], CountingEncoder(), rebuild=True).counts.files == len(NAMES) + 1
 
 
 def test_what_is_left_of_a_damaged_one_of_the_format_before_is_saved(tmp_path: Path, index: Path) -> None:

@@ -2,6 +2,7 @@
 // All addresses are relative, so that the page also works below a path of a proxy.
 
 const RETRIES = 3;
+const OF_A_PART = 1024; // bytes of a form around a file, at most
 
 export class ApiError extends Error {
   constructor(status, detail, type = "") {
@@ -55,7 +56,7 @@ export function limitUploads(bytes) {
 // not sent: a browser that is cut off in its upload does not show why.
 export function withFiles(request, files) {
   if (!files.length) return { method: "POST", json: request };
-  const bytes = files.reduce((sum, { size }) => sum + size, 0);
+  const bytes = files.reduce((sum, { size }) => sum + size + OF_A_PART, JSON.stringify(request).length);
   if (bytes > mostBytes) {
     const mb = (count) => (count / 1e6).toFixed(1);
     throw new ApiError(413, `${files.length > 1 ? "These pictures have" : "This picture has"} ${mb(bytes)} MB; `

@@ -7,6 +7,7 @@ import { Grid } from "./grid.js";
 import { link, requestParts, state } from "./state.js";
 
 const PAGE = 60;
+const LOST = "A picture of this search was uploaded and is not kept any more. Choose it again.";
 let grid;
 let shownFor = null;
 let running = new AbortController();
@@ -22,13 +23,14 @@ export function startSearch() {
 }
 
 export async function showHits({ again = false } = {}) {
-  const wanted = link({ ...state, view: "search" });
+  const wanted = `${link({ ...state, view: "search" })} ${state.lost}`;
   if (wanted === shownFor && !again) return;
   shownFor = wanted;
   running.abort();
   running = new AbortController();
-  $("results-title").textContent = state.parts.length ? "Hits" : "Pictures";
-  await guarded(() => state.parts.length ? search() : browse(false));
+  $("results-title").textContent = state.parts.length && !state.lost ? "Hits" : "Pictures";
+  // Without one of its pictures it would be another search.
+  await guarded(() => state.parts.length && !state.lost ? search() : browse(false));
 }
 
 async function guarded(work) {
@@ -81,7 +83,7 @@ async function browse(further) {
   else grid.show(items);
   after = next;
   $("more").hidden = !next;
-  warn($("nothing"), state.lost ? "The picture of this search was uploaded and is not kept any more. Choose it again." :
+  warn($("nothing"), state.lost ? LOST :
     grid.items.length ? "" : "No pictures here.");
   say(`${count(grid.items.length, "picture")}${next ? " so far" : ""}`);
 }

@@ -7,9 +7,9 @@ const VIEWS = ["search", "map", "duplicates", "problems", "index"];
 export const MAX_PARTS = 8;
 
 const withAddress = (file) => ({ file, address: URL.createObjectURL(file) });
-const before = new URLSearchParams(location.hash.slice(1)).getAll("part").some(isName) ? await kept() : [];
+const uploads = new Map();
 keep(); // drops what is old
-const uploads = new Map(before.map(({ name, file }) => [name, withAddress(file)]));
+await restore();
 const listeners = [];
 export let state = parse(location.hash);
 
@@ -82,11 +82,19 @@ function parsePart(text) {
   return { ...known, weight: Number(weight) < 0 ? -1 : 1, ...(cropped && { crop: shares }) };
 }
 
+// Uploads that the address names and this page does not know: of a page before, or of another tab.
+async function restore() {
+  const words = new URLSearchParams(location.hash.slice(1)).getAll("part");
+  if (!words.some((word) => isName(word) && !uploads.has(word.split("_")[0]))) return;
+  for (const { name, file } of await kept()) if (!uploads.has(name)) uploads.set(name, withAddress(file));
+}
+
 function tell() {
   for (const listener of listeners) listener(state);
 }
 
-addEventListener("popstate", () => {
+addEventListener("popstate", async () => {
+  await restore();
   state = parse(location.hash);
   tell();
 });

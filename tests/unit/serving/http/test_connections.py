@@ -164,15 +164,59 @@ def test_one_connection_too_many_is_told_so_and_a_place_comes_free(port: int) ->
 def test_who_holds_most_makes_room_for_others(port: int) -> None:
     with contextlib.ExitStack() as held:
         clients = [held.enter_context(connected(port)) for _ in range(5)]
-        assert answer_of(clients[0]).startswith(b"HTTP/1.1 200")  # and is kept alive
-        clients[1].sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\nhalf")
+        assert answer_of(clients[4]).startswith(b"HTTP/1.1 200")  # and is kept alive
+        clients[0].sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\n\r\nha")
         others = [held.enter_context(connected(port, "127.0.0.2")) for _ in range(2)]
         for other in others:
             assert answer_of(other).startswith(b"HTTP/1.1 200")
+        assert [everything(client) for client in clients[1:3]] == [b"", b""], "the oldest of those that do nothing"
+        assert answer_of(clients[0], b"lf").startswith(b"HTTP/1.1 200")
         with connected(port) as client:
             client.sendall(GET)
             assert everything(client).startswith(b"HTTP/1.1 503"), "its own address holds most"
         assert answer_of(others[0]).startswith(b"HTTP/1.1 200")
+
+
+def test_who_holds_no_more_than_a_newcomer_stays(port: int) -> None:
+    with contextlib.ExitStack() as held:
+        clients = [held.enter_context(connected(port, f"127.0.0.{number}")) for number in range(2, 7)]
+        for client in clients:
+            assert answer_of(client).startswith(b"HTTP/1.1 200")
+        with connected(port) as other:
+            other.sendall(GET)
+            assert everything(other).startswith(b"HTTP/1.1 503")
+        for client in clients:
+            assert answer_of(client).startswith(b"HTTP/1.1 200")
+
+
+def test_a_burst_takes_no_more_places_than_there_are(port: int) -> None:
+    with contextlib.ExitStack() as held:
+        for _ in range(5):
+            held.enter_context(connected(port))
+        burst = [held.enter_context(connected(port, f"127.0.0.{2 + number}")) for number in range(20)]
+        still_open = 0
+        for client in burst:
+            client.settimeout(0.5)
+            with contextlib.suppress(OSError):
+                client.sendall(GET)
+                still_open += client.recv(2**16).startswith(b"HTTP/1.1 200")
+        assert 0 < still_open <= 5
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("1.2.3.4", "1.2.3.4", True),
+        ("1.2.3.4", "1.2.3.5", False),
+        ("::ffff:1.2.3.4", "1.2.3.4", True),
+        ("2001:db8::1", "2001:db8::ffff:1", True),
+        ("2001:db8:0:1::1", "2001:db8::1", False),
+        ("fe80::1%eth0", "fe80::2%eth0", True),
+        ("", "testclient", True),
+    ],
+)
+def test_what_counts_as_one_address(one: str, other: str, same: bool) -> None:
+    assert (connections._neighbourhood((one, 1)) == connections._neighbourhood((other, 1))) == same
 
 
 def test_what_is_at_work_is_not_ended_for_others(port: int) -> None:
