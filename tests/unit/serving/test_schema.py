@@ -123,7 +123,7 @@ def test_an_index_of_the_format_before_is_read_as_it_is_and_brought_to_the_prese
         hits = opened.search(query, 9)
     make_old(index).close()
     old = current_generation(index).catalog.read_bytes()
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", "mimco_deploy.serving.schema")
     with ImageIndex.open(index) as opened:
         assert opened.search(query, 9) == hits
         assert [hit.path.name for hit in opened.search(query, 9, CONDITION)] == ["c.JPG"]
