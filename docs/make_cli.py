@@ -26,7 +26,9 @@ def contexts(command: click.Command, name: str, parent: click.Context | None = N
     context = click.Context(command, info_name=name, parent=parent, terminal_width=WIDTH, **command.context_settings)
     yield context
     if isinstance(command, click.Group):
-        for child_name, child in command.commands.items():
+        for child_name in command.list_commands(context):
+            child = command.get_command(context, child_name)
+            assert child is not None
             yield from contexts(child, child_name, context)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
@@ -150,3 +152,12 @@ def save(path: Path, seed: int) -> Path:
 
 def gallery(folder: Path, count: int, first: int = 0) -> list[Path]:
     return [save(folder / f"{number:04d}.png", number) for number in range(first, first + count)]
+
+
+def below(group: click.Group) -> Iterator[tuple[str, click.Command]]:
+    """The commands of a group by name, in its order."""
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        child = group.get_command(context, name)
+        assert child is not None
+        yield name, child

@@ -44,9 +44,11 @@ class FiniteRange(click.FloatRange):
 
 def new_page(context: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
     """Callback of an option that names a page to write: a picture is not meant to be written over."""
-    from mimco_deploy.images import IMAGE_SUFFIXES
+    if value is None:
+        return None
+    from mimco_deploy.images import IMAGE_SUFFIXES  # takes a while
 
-    if value is not None and value.suffix.lower() in IMAGE_SUFFIXES:
+    if value.suffix.lower() in IMAGE_SUFFIXES:
         raise click.BadParameter(
             f"{value} has the name of a picture; expected one such as out.html", context, parameter
         )

@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,7 @@ from mimco_deploy.commands.common import (
     printable,
     runtime_options,
 )
-from mimco_deploy.errors import ConfigError, ImageError
+from mimco_deploy.errors import ConfigError, ImageError, IndexStoreError
 from mimco_deploy.stopwatch import Stopwatch
 from mimco_deploy.workspace import Workspace
 
@@ -198,21 +199,31 @@ def _answers(
     rerank: bool,
     **runtime: Any,
 ) -> Iterator[_Answer]:
-    from mimco_deploy.serving.filters import Filter
-    from mimco_deploy.serving.index import ImageIndex
-    from mimco_deploy.serving.query import Part, search_image
+    with ThreadPoolExecutor(1) as beside:
+        # Most of it is hashing and ONNX Runtime's own work, which leaves the interpreter free to import the rest.
+        loading = beside.submit(load_encoder, workspace, **runtime)
+        from mimco_deploy.serving.filters import Filter
+        from mimco_deploy.serving.generations import check_encoder
+        from mimco_deploy.serving.index import ImageIndex
+        from mimco_deploy.serving.query import Part, search_image
 
-    if sheet is not None:
-        from mimco_deploy.serving.sheet import write_sheet
-        from mimco_deploy.serving.why import explain
-    watch.lap("imports")
-    encoder = load_encoder(workspace, **runtime)
+        if sheet is not None:
+            from mimco_deploy.serving.sheet import write_sheet
+            from mimco_deploy.serving.why import explain
+        watch.lap("imports")
+        try:
+            index = ImageIndex.open(workspace.index)
+        except IndexStoreError:
+            loading.result()  # what is wrong with the encoder is said first
+            raise
+        watch.lap("index")
+        encoder = loading.result()
     watch.lap("encoder")
+    check_encoder(index.path, index.fingerprint, encoder.spec.fingerprint)
     # A line end, so that a remark at the end of one does not take in the next.
     condition = Filter(where[0] if len(where) == 1 else " AND ".join(f"({one}\n)" for one in where), root, table)
     others = [Part(path, weight) for path, weight in plus] + [Part(path, -weight) for path, weight in minus]
-    with ImageIndex.open(workspace.index, encoder.spec.fingerprint) as index:
-        watch.lap("index")
+    with index:
         for query in queries:
             picture = sys.stdin.buffer.read() if query == Path("-") else query
             parts = [Part(picture, crop=crop), *others]

@@ -7,7 +7,6 @@ only, so that it runs where everything else is broken.
 from __future__ import annotations
 
 import ctypes
-import importlib.metadata
 import json
 import os
 import platform
@@ -209,6 +208,8 @@ def _remedy(reason: str) -> str:
 
 def installed(package: str) -> str:
     """The version of a package, or an empty text."""
+    import importlib.metadata  # takes a while, and an encoder that starts needs none of it
+
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

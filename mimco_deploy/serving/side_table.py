@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mimco_deploy.serving.interchange import import_pyarrow
 from mimco_deploy.serving.scan import readable
 
 
@@ -69,6 +68,8 @@ def _csv_rows(table: Path) -> Iterator[list[str]]:
 
 
 def _read_parquet(table: Path) -> SideTable:
+    from mimco_deploy.serving.interchange import import_pyarrow  # a search without such a table needs none of it
+
     pyarrow = import_pyarrow()
     file = pyarrow.parquet.ParquetFile(table)
     fields = [one for one in file.schema_arrow if not pyarrow.types.is_nested(one.type)]

@@ -19,7 +19,7 @@ from mimco_deploy.commands.train import train
 from mimco_deploy.errors import ImageError, WorkspaceError
 from mimco_deploy.serving.update import update_index
 from mimco_deploy.training.presets import STAGE1_METHODS, STAGE2_METHODS
-from tests.helpers import CountingEncoder, gallery, tiny_bundle
+from tests.helpers import CountingEncoder, below, gallery, tiny_bundle
 
 HEAVY = {"torch", "torchvision", "timm", "onnx", "onnxscript", "tensorboard", "safetensors"}
 SERVING = {"numpy", "PIL", "faiss", "onnxruntime", "rich"}
@@ -37,7 +37,7 @@ def logging_as_before() -> Iterator[None]:
 def commands(command: click.Command = main, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     yield path
     if isinstance(command, click.Group):
-        for name, child in command.commands.items():
+        for name, child in below(command):
             yield from commands(child, (*path, name))
 
 
@@ -73,7 +73,7 @@ def test_every_option_has_a_word_of_help(path: tuple[str, ...]) -> None:
     command: click.Command = main
     for name in path:
         assert isinstance(command, click.Group)
-        command = command.commands[name]
+        command = dict(below(command))[name]
     options = [parameter for parameter in command.params if isinstance(parameter, click.Option)]
     assert [option.name for option in options if not option.help] == []
 

@@ -23,7 +23,7 @@ from mimco_deploy.training.config import Stage1Config, Stage2Config
 from mimco_deploy.training.finetune_config import FinetuneConfig, LinearConfig, finetune_preset, linear_preset
 from mimco_deploy.training.presets import PRESETS
 from mimco_deploy.training.settings import leaves
-from tests.helpers import CountingEncoder, gallery, save, tiny_bundle
+from tests.helpers import CountingEncoder, below, gallery, save, tiny_bundle
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("tests/**/*.md")])
@@ -44,7 +44,7 @@ def text_of(page: Path) -> str:
 
 def leaf_commands(command: click.Command = main, path: str = "mimco") -> Iterator[tuple[str, click.Command]]:
     if isinstance(command, click.Group):
-        for name, child in command.commands.items():
+        for name, child in below(command):
             yield from leaf_commands(child, f"{path} {name}")
     else:
         yield path, command
@@ -53,7 +53,7 @@ def leaf_commands(command: click.Command = main, path: str = "mimco") -> Iterato
 def groups(command: click.Command = main, path: str = "mimco") -> Iterator[tuple[str, click.Group]]:
     if isinstance(command, click.Group):
         yield path, command
-        for name, child in command.commands.items():
+        for name, child in below(command):
             yield from groups(child, f"{path} {name}")
 
 
