@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
 import os
 import re
 import typing
@@ -71,6 +70,7 @@ TOLERANCES: dict[Precision, Tolerance] = {
     "bf16": Tolerance(max_abs=3e-2, min_cosine=0.998, min_overlap=0.95),
     "int8": Tolerance(max_abs=5e-2, min_cosine=0.98, min_overlap=0.95),
 }
+_HASHED_AT_ONCE = 2**25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,10 +290,12 @@ def checksum_of(document: Mapping[str, object]) -> str:
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal.
 
-    As one piece: after each part of it the thread would have to wait for the interpreter, where another one imports.
+    In large parts: after each the thread has to wait for the interpreter again, where another one imports. Not as a
+    memory map, in which a disk that fails ends the process.
     """
-    with path.open("rb") as file:
-        if not os.fstat(file.fileno()).st_size:
-            return hashlib.sha256().hexdigest()
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return hashlib.sha256(content).hexdigest()
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        part = memoryview(bytearray(min(_HASHED_AT_ONCE, max(1, os.fstat(file.fileno()).st_size))))
+        while count := file.readinto(part):
+            digest.update(part[:count])
+    return digest.hexdigest()

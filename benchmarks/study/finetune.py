@@ -59,12 +59,14 @@ def random_encoder(backbone: BackboneConfig, seed: int, folder: Path) -> Path:
 
 
 def copy_pictures(pictures: list[Picture], folder: Path) -> Path:
-    """The labelled pictures as a folder of <class>/<number>.jpg, and nothing else."""
-    shutil.rmtree(folder, ignore_errors=True)
-    for number, picture in enumerate(pictures):
-        path = folder / str(picture.label) / f"{number:06}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(picture.read())
+    """The labelled pictures as a folder of <class>/<number>.jpg, and nothing else; left alone where it is that."""
+    wanted = {folder / str(one.label) / f"{number:06}.jpg": one for number, one in enumerate(pictures)}
+    there = {path: path.stat().st_size for path in folder.glob("*/*")}
+    if there != {path: picture.size for path, picture in wanted.items()}:
+        shutil.rmtree(folder, ignore_errors=True)
+        for path, picture in wanted.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(picture.read())
     return folder
 
 

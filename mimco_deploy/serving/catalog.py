@@ -474,8 +474,7 @@ def explained(path: Path) -> Iterator[None]:
             raise IndexBusyError(
                 f"{path}: its last writer was killed", expected="its owner to run once: mimco index"
             ) from error
-        if code & 0xFF in _PASSING:
+        if code & 0xFF in _PASSING or (code & 0xFF == sqlite3.SQLITE_CANTOPEN and path.exists()):
             expected = "room on the disk, the right to write and no other writer"
-            kind = IndexStoreError if code & 0xFF == sqlite3.SQLITE_IOERR else IndexBusyError  # a disk may stay broken
-            raise kind(f"{path}: {error}", expected=expected, command="mimco index") from error
+            raise IndexBusyError(f"{path}: {error}", expected=expected, command="mimco index") from error
         raise IndexStoreError(f"{path}: {error}", expected="a catalogue", command="mimco index reindex DIR") from error

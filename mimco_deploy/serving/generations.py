@@ -90,11 +90,16 @@ def begin_generation(index: Path, fingerprint: str, dim: int) -> Generation:
     """Make a generation after the current one, or go on with one that was begun for the same encoder.
 
     Call under `writer_lock`. Readers do not see it before `switch_to`.
+
+    Raises:
+        IndexStoreError: the pointer is lost, and with it which generation was the index.
     """
     later = _later(index, _last_number(index))
     for begun in later:
         if _was_begun_for(begun, fingerprint, dim):
             return begun
+    if not has_index(index) and any(_holds_rows_of_another(one, "") for one in later):
+        raise IndexStoreError(f"{index} has lost its {POINTER_FILE}", command="mimco index repair")
     generation = _generation(index, max((one.number for one in later), default=_last_number(index)) + 1)
     with _explained(index):
         for begun in later:

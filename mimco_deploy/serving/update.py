@@ -276,9 +276,8 @@ class _Update:
                 raise _would_lose(root.path / folder.path, folder.reason, lost)
         for parent, lost in Counter(path.parent for path in missed).items():
             top = next((root for root in roots if parent.is_relative_to(root)), None)
-            found = next((one for one in (parent, *parent.parents) if one == top or one.is_dir()), parent)
-            if top is not None and (reason := _emptied(found)):
-                raise _would_lose(found, reason, lost)
+            if top is not None and (reason := _emptied(there := _still_there(parent, top))):
+                raise _would_lose(there, reason, lost)
 
     def _read_and_commit(self, jobs: Sequence[Job]) -> None:
         if not jobs:
@@ -354,9 +353,23 @@ class _Update:
 def _would_lose(folder: Path, reason: str, files: int) -> IndexStoreError:
     return IndexStoreError(
         f"{readable(folder)} cannot be read ({reason}), and a rebuild would lose its {files} files",
-        expected="all indexed folders to be readable; where files are gone for good, mimco index first",
+        expected="all indexed folders as they were; an empty one that is meant: delete it, or mimco index forget it",
         command="mimco index reindex",
     )
+
+
+def _still_there(folder: Path, top: Path) -> Path:
+    """The folder, or the nearest above it that was not deleted, up to `top`."""
+    while folder != top:
+        try:
+            folder.lstat()
+        except FileNotFoundError:
+            folder = folder.parent
+        except OSError:
+            break
+        else:
+            break
+    return folder
 
 
 def _emptied(folder: Path) -> str:

@@ -121,18 +121,26 @@ def load_labelled(data: DataConfig, val: Sequence[str], image_size_px: int) -> t
         DataError: as `load_corpus`; a picture lies in no folder of a class, or the two have not the same classes.
     """
     corpus = load_corpus(data)
-    names = _classes_of(corpus.pictures, "--data")
+    pictures = find_pictures(val)
+    classes, own, labels = number_classes(corpus.pictures, pictures)
+    labelled = LabelledCorpus(corpus.pictures, corpus.config, corpus.held, corpus.bad, classes, own)
+    return labelled, Validation(pictures, labels, image_size_px)
+
+
+def number_classes(train: Sequence[Picture], val: Sequence[Picture]) -> tuple[list[str], list[int], list[int]]:
+    """The classes, sorted, and the number of that of each picture.
+
+    Raises:
+        DataError: a picture lies in no folder of a class, there is one class only, or the two have not the same.
+    """
+    names, labels = _classes_of(train, "--data"), _classes_of(val, "--val")
     classes = sorted(set(names))
     if len(classes) < 2:
         raise DataError(f"--data has one class, {classes[0]}", expected="two folders of pictures at least")
-    number = {name: index for index, name in enumerate(classes)}
-    pictures = find_pictures(val)
-    labels = _classes_of(pictures, "--val")
     _refuse_others(set(labels) - set(classes), "--val has classes that --data has not")
     _refuse_others(set(classes) - set(labels), "--val lacks classes of --data")
-    own = [number[name] for name in names]
-    labelled = LabelledCorpus(corpus.pictures, corpus.config, corpus.held, corpus.bad, classes, own)
-    return labelled, Validation(pictures, [number[name] for name in labels], image_size_px)
+    number = {name: index for index, name in enumerate(classes)}
+    return classes, [number[name] for name in names], [number[name] for name in labels]
 
 
 def _classes_of(pictures: Sequence[Picture], option: str) -> list[str]:

@@ -25,11 +25,11 @@ from mimco_deploy.training.config import Stage1Config, Stage2Config
 from mimco_deploy.training.data import MakeViews, Views, fewest_parts, fit_batch
 from mimco_deploy.training.distributed import world_size
 from mimco_deploy.training.finetune_config import FinetuneConfig, LinearConfig
-from mimco_deploy.training.labelled import with_label
+from mimco_deploy.training.labelled import number_classes, with_label
 from mimco_deploy.training.published import load_teacher
 from mimco_deploy.training.stages import build_stage1, build_stage2
 from mimco_deploy.training.step import Stepper
-from mimco_deploy.training.supervised import LabelledStepper, make_views
+from mimco_deploy.training.supervised import LabelledStepper, fit_run, make_views, mixes
 
 Config = Stage1Config | Stage2Config | FinetuneConfig | LinearConfig
 ConfigT = TypeVar("ConfigT", Stage1Config, Stage2Config, FinetuneConfig, LinearConfig)
@@ -88,17 +88,20 @@ def plan_run(config: Config) -> Plan:
         MimcoError: there are no pictures, or the method cannot be built.
     """
     found = find_pictures(config.data.sources)
-    config = dataclasses.replace(config, run=fit_batch(config.run, len(found)))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(config.run.seed)
     method: nn.Module
-    if isinstance(config, Stage1Config):
-        method, views = build_stage1(config)
-    elif isinstance(config, Stage2Config):
-        method, views = build_stage2(config, load_teacher(config.teacher) if config.teacher else None)
+    views: MakeViews
+    if isinstance(config, FinetuneConfig | LinearConfig):
+        classes, _, _ = number_classes(found, find_pictures(config.val))
+        config = fit_run(config, len(found))
+        method, views = build_classifier(config, len(classes)), make_views(config)
     else:
-        classes = len({picture.label for picture in found})
-        method, views = build_classifier(config, classes), make_views(config)
+        config = dataclasses.replace(config, run=fit_batch(config.run, len(found)))
+        if isinstance(config, Stage1Config):
+            method, views = build_stage1(config)
+        else:
+            method, views = build_stage2(config, load_teacher(config.teacher) if config.teacher else None)
     return make_plan(config, method.to(device), views, len(found))
 
 
@@ -113,7 +116,7 @@ def fit_to_memory(config: ConfigT) -> ConfigT:
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, grad_checkpointing=True))
         plan = plan_run(config)
     batch = config.run.global_batch_size
-    accumulate = fit_accumulation(plan, batch)
+    accumulate = fit_accumulation(plan, batch, at_once=2 if mixes(config) else 1)
     if accumulate > 1 and isinstance(config, Stage1Config | Stage2Config):
         logger.warning(
             "%d micro-batches of %d: contrastive losses see the negatives of one of them only",
@@ -184,18 +187,19 @@ def make_plan(config: Config, method: nn.Module, make_views: MakeViews, pictures
     )
 
 
-def fit_accumulation(plan: Plan, global_batch_size: int) -> int:
+def fit_accumulation(plan: Plan, global_batch_size: int, at_once: int = 1) -> int:
     """The fewest micro-batches into which a batch divides so that each fits.
 
     Args:
         plan: of the run.
         global_batch_size: over all processes.
+        at_once: images that stay together.
 
     Raises:
         ConfigError: not even two images fit at once.
     """
     share = global_batch_size // world_size()
-    accumulate = fewest_parts(share, plan.largest_micro_batch)
+    accumulate = fewest_parts(share // at_once, plan.largest_micro_batch // at_once)
     if share // accumulate >= 2 and plan.largest_micro_batch >= 2:
         return accumulate
     raise ConfigError(

@@ -67,7 +67,7 @@ def train_with_labels(
                 f"{resume.path} was trained on another corpus than these {len(corpus)} pictures",
                 expected="the same pictures, to resume exactly",
             )
-        asked, config = config, _fit(config, corpus)
+        asked, config = config, fit_run(config, len(corpus))
         torch.manual_seed(config.run.seed)
         method = build_classifier(config, len(corpus.classes), resume).to(device)
         validation.geometry = method.encoder.geometry
@@ -107,24 +107,28 @@ def make_views(config: Config) -> LabelledViews:
     return LabelledViews(config.backbone.image_size_px, config.views.min_crop_scale, augment)
 
 
-def _fit(config: Config, corpus: LabelledCorpus) -> Config:
-    """The run with a batch that the corpus fills, and that can be divided.
+def mixes(config: object) -> bool:
+    """Whether pictures are mixed with each other, in pairs."""
+    return isinstance(config, FinetuneConfig) and bool(config.method.mixup or config.method.cutmix)
+
+
+def fit_run(config: Config, pictures: int) -> Config:
+    """The run with a batch that so many pictures fill, and that can be divided.
 
     Raises:
         ConfigError: it cannot be divided, or the warm-up leaves nothing.
     """
-    run = fit_batch(config.run, len(corpus))
+    run = fit_batch(config.run, pictures)
     check_warmup(schedule_of(config), run.epochs)
     if run != config.run:
         batch, wanted = run.global_batch_size, config.run.global_batch_size
-        logger.warning("global batch of %d instead of %d: %d pictures", batch, wanted, len(corpus))
+        logger.warning("global batch of %d instead of %d: %d pictures", batch, wanted, pictures)
     micro, rest = divmod(run.global_batch_size, run.accumulate * world_size())
-    mixes = isinstance(config, FinetuneConfig) and bool(config.method.mixup or config.method.cutmix)
-    if rest or micro < 2 or (mixes and micro % 2):
+    if rest or micro < 2 or (mixes(config) and micro % 2):
         raise ConfigError(
             f"run.global_batch_size {run.global_batch_size} over {world_size()} processes × {run.accumulate} "
             "micro-batches",
-            expected="at least 2 pictures in each, evenly" + ("; pairs of them, to mix" if mixes else ""),
+            expected="at least 2 pictures in each, evenly" + ("; pairs of them, to mix" if mixes(config) else ""),
         )
     return dataclasses.replace(config, run=run)
 

@@ -182,8 +182,12 @@ def test_an_upload_of_another_tab_is_found_and_one_that_is_lost_is_told_once(
     assert second.locator("#hits .line").count() == 0, "half a query is no query"
     second.click("#tab-index")
     second.click("#tab-search")
-    until(second, "document.querySelector('#hits .line + .name')?.innerText === '0005.png'")
-    assert not second.is_visible("#nothing")
+    second.wait_for_selector("#nothing:visible")
+    assert second.locator("#hits .line").count() == 0, "nor later"
+    assert "u0-0" in second.url, "and its address stays"
+    second.click("#clear")
+    until(second, "!document.querySelector('#nothing').checkVisibility()")
+    assert "u0-0" not in second.url
     context.close()
 
 

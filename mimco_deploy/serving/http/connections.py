@@ -42,11 +42,12 @@ class PatientProtocol(H11Protocol):
     _patience: asyncio.TimerHandle | None = None
     _is_refused = False
     _since = 0.0
+    _from = ""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         """Hold it, or say that there are too many."""
         super().connection_made(transport)
-        self._since = self.loop.time()
+        self._since, self._from = self.loop.time(), _neighbourhood(self.client)
         self._is_refused = not self._has_room()
         if self._is_refused:
             transport.write(_refusal())
@@ -87,16 +88,18 @@ class PatientProtocol(H11Protocol):
         Those that do nothing come first, then those whose request is on its way, then those whose answer is; of each
         the oldest. What is at work is not ended.
         """
+        if len(self.connections) <= most_connections():
+            return True
         held: dict[str, list[PatientProtocol]] = {}
         for one in self.connections:
             assert isinstance(one, PatientProtocol)
             if not (one._is_refused or one.transport.is_closing()):
-                held.setdefault(_neighbourhood(one.client), []).append(one)
+                held.setdefault(one._from, []).append(one)
         if sum(map(len, held.values())) <= most_connections():
             return True
         greediest = max(held.values(), key=len)
         idle = [one for one in greediest if one.idleness() is not None]
-        if len(greediest) <= len(held[_neighbourhood(self.client)]) or not idle:
+        if len(greediest) <= len(held[self._from]) or not idle:
             return False
         min(idle, key=lambda one: (one.idleness(), one._since)).transport.abort()
         return True

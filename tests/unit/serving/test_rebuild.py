@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mimco_deploy.errors import EncoderMismatchError, IndexStoreError
+from mimco_deploy.errors import EncoderMismatchError, IndexBusyError, IndexStoreError
+from mimco_deploy.serving import catalog as catalog_module
 from mimco_deploy.serving import rewrite as rewrite_module
 from mimco_deploy.serving import update
 from mimco_deploy.serving.generations import begin_generation, current_generation, switch_to, writer_lock
@@ -127,6 +128,44 @@ def test_a_rewrite_drops_nothing_that_a_killed_rebuild_embedded(
     assert grow(tmp_path, CountingEncoder(seed=1, fingerprint=OTHER), rebuild=True).embedded == 2
     assert folders(index) == ["000006"]
     assert rewrite(index).files == 10
+
+
+@pytest.mark.parametrize("fingerprint", ["f" * 64, OTHER], ids=["cut off", "another encoder"])
+def test_an_index_whose_pointer_is_lost_is_repaired_not_begun_anew(tmp_path: Path, fingerprint: str) -> None:
+    gallery(tmp_path / "a", 4)
+    index = tmp_path / "index"
+    grow(tmp_path, CountingEncoder(), tmp_path / "a")
+    grow(tmp_path, CountingEncoder(), rebuild=True)
+    (index / "index.json").unlink()
+    if fingerprint != OTHER:
+        os.truncate(index / "000002/vectors.f32", (index / "000002/vectors.f32").stat().st_size - 4)
+    with pytest.raises(IndexStoreError, match=r"has lost its index\.json; run: mimco index repair"):
+        grow(tmp_path, CountingEncoder(1, fingerprint), tmp_path / "a")
+    assert repair(index).files == (4 if fingerprint == OTHER else 3)
+
+
+@pytest.mark.parametrize("code", [sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR])
+def test_a_rebuild_that_cannot_be_looked_at_for_now_is_not_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    gallery(tmp_path / "a", 8)
+    grow(tmp_path, CountingEncoder(), tmp_path / "a")
+    with pytest.raises(Killed):
+        grow(tmp_path, FailingEncoder(4, 1, OTHER), rebuild=True)
+
+    def fails(path: Path, mode: str) -> sqlite3.Connection:
+        if "000002" in path.parts:
+            error = sqlite3.OperationalError("for now")
+            error.sqlite_errorcode = code
+            raise error
+        return real(path, mode)
+
+    real = catalog_module.connect
+    with monkeypatch.context() as patch:
+        patch.setattr(catalog_module, "connect", fails)
+        with pytest.raises(IndexBusyError, match="for now"):
+            grow(tmp_path, CountingEncoder(1, OTHER), rebuild=True)
+    assert grow(tmp_path, CountingEncoder(1, OTHER), rebuild=True).embedded == 4
 
 
 def test_a_rewrite_that_is_killed_before_it_takes_over_keeps_that_too(

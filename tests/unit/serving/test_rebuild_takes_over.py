@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -134,16 +136,44 @@ def test_a_rebuild_whose_disk_is_taken_out_replaces_nothing(
     assert (report.embedded, report.counts.files) == (4, count)
 
 
-def test_a_folder_that_was_emptied_for_good_is_dropped_by_an_update_first(tmp_path: Path) -> None:
-    paths, index = gallery(tmp_path / "a", 4), tmp_path / "index"
+@pytest.mark.parametrize("inner", [False, True])
+def test_a_folder_that_was_emptied_for_good_is_deleted_or_forgotten(tmp_path: Path, inner: bool) -> None:
+    folder, index = tmp_path / "a" / ("inner" if inner else ""), tmp_path / "index"
+    paths = gallery(folder, 4)
+    if inner:
+        gallery(tmp_path / "a/here", 1, first=20)
     gallery(tmp_path / "b", 2, first=10)
     update_index(index, [tmp_path / "a", tmp_path / "b"], CountingEncoder())
     for path in paths:
         path.unlink()
-    with pytest.raises(IndexStoreError, match=r"it is empty.*where files are gone for good, mimco index first"):
+    with pytest.raises(IndexStoreError, match=r"it is empty.*delete it, or mimco index forget it"):
         update_index(index, [], CountingEncoder(1, OTHER), rebuild=True)
-    assert update_index(index, [], CountingEncoder()).removed == 4
-    assert update_index(index, [], CountingEncoder(1, OTHER), rebuild=True).counts.files == 2
+    if inner:
+        folder.rmdir()
+    else:
+        forget_roots(index, [folder])
+    assert update_index(index, [], CountingEncoder(1, OTHER), rebuild=True).counts.files == 2 + inner
+
+
+def test_a_disk_that_fails_is_one_line_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gallery(tmp_path / "a/disk", 4)
+    gallery(tmp_path / "a/here", 2, first=10)
+    index = tmp_path / "index"
+    update_index(index, [tmp_path / "a"], CountingEncoder())
+
+    def fails(*arguments: Any) -> Iterator[Any]:
+        (tmp_path / "a/disk").rename(tmp_path / "away")
+        return read_pictures(*arguments)
+
+    def lstat(path: Path) -> os.stat_result:
+        if "disk" in path.parts:
+            raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
+        return path.stat(follow_symlinks=False)
+
+    monkeypatch.setattr(update, "read_pictures", fails)
+    monkeypatch.setattr(Path, "lstat", lstat)
+    with pytest.raises(IndexStoreError, match=r"disk cannot be read .*would lose its 4 files"):
+        update_index(index, [], CountingEncoder(1, OTHER), rebuild=True)
 
 
 def test_a_rebuild_goes_on_where_files_are_deleted_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

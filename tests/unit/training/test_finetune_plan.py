@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner
 
 from mimco_deploy.cli import main
-from mimco_deploy.errors import TrainingInterrupted
+from mimco_deploy.errors import ConfigError, DataError, TrainingInterrupted
 from mimco_deploy.preprocess import decode_pixels
 from mimco_deploy.training import labelled
 from mimco_deploy.training import plan as planning
@@ -68,6 +68,25 @@ def test_as_few_micro_batches_as_fit_are_taken(here: Path, monkeypatch: pytest.M
     monkeypatch.setattr(planning, "plan_run", lambda _: three)
     fitted = fit_to_memory(config).run
     assert (fitted.accumulate, fitted.grad_checkpointing) == (4, True)
+
+
+def test_pictures_that_are_mixed_stay_in_pairs(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = finetune_config(here)
+    mixing = dataclasses.replace(config, method=dataclasses.replace(config.method, mixup=0.8))
+    mixing = dataclasses.replace(mixing, run=dataclasses.replace(mixing.run, global_batch_size=20))
+    six = dataclasses.replace(plan_run(mixing), largest_micro_batch=6)
+    monkeypatch.setattr(planning, "plan_run", lambda _: six)
+    assert fit_to_memory(mixing).run.accumulate == 5
+    train_with_labels(fit_to_memory(mixing), here / "mixed")
+
+
+@BOTH
+def test_what_cannot_be_trained_cannot_be_planned(here: Path, kind: str) -> None:
+    config = CONFIGS[kind](here)
+    with pytest.raises(DataError, match="--val"):
+        plan_run(dataclasses.replace(config, val=(str(here / "train/rings"),)))
+    with pytest.raises(ConfigError, match="micro-batches"):
+        plan_run(dataclasses.replace(config, run=dataclasses.replace(config.run, accumulate=3)))
 
 
 @BOTH

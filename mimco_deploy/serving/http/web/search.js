@@ -23,14 +23,14 @@ export function startSearch() {
 }
 
 export async function showHits({ again = false } = {}) {
-  const wanted = `${link({ ...state, view: "search" })} ${state.lost}`;
+  const wanted = link({ ...state, view: "search" });
   if (wanted === shownFor && !again) return;
   shownFor = wanted;
   running.abort();
   running = new AbortController();
-  $("results-title").textContent = state.parts.length && !state.lost ? "Hits" : "Pictures";
+  $("results-title").textContent = state.parts.length && !state.lost.length ? "Hits" : "Pictures";
   // Without one of its pictures it would be another search.
-  await guarded(() => state.parts.length && !state.lost ? search() : browse(false));
+  await guarded(() => state.parts.length && !state.lost.length ? search() : browse(false));
 }
 
 async function guarded(work) {
@@ -83,7 +83,7 @@ async function browse(further) {
   else grid.show(items);
   after = next;
   $("more").hidden = !next;
-  warn($("nothing"), state.lost ? LOST :
+  warn($("nothing"), state.lost.length ? LOST :
     grid.items.length ? "" : "No pictures here.");
   say(`${count(grid.items.length, "picture")}${next ? " so far" : ""}`);
 }

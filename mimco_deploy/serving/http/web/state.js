@@ -18,7 +18,7 @@ export function onChange(listener) {
 }
 
 export function go(changes, { replace = false } = {}) {
-  const next = { ...state, lost: false, ...changes };
+  const next = { ...state, ...changes, lost: "parts" in changes ? [] : state.lost };
   const address = link(next);
   if (address !== link(state)) history[replace ? "replaceState" : "pushState"](null, "", address);
   state = next;
@@ -31,6 +31,7 @@ export function link(shown) {
   for (const part of shown.parts) {
     words.append("part", [part.upload ?? part.id, part.weight, ...(part.crop ?? [])].join("_"));
   }
+  for (const part of shown.lost) words.append("part", part);
   for (const name of ["where", "root"]) if (shown[name]) words.set(name, shown[name]);
   if (shown.k !== 24) words.set("k", shown.k);
   if (shown.confidence) words.set("confidence", shown.confidence);
@@ -38,7 +39,7 @@ export function link(shown) {
   return `#${words}`;
 }
 
-export const likeThis = (id) => link({ ...state, view: "search", parts: [{ id, weight: 1 }] });
+export const likeThis = (id) => link({ ...state, view: "search", parts: [{ id, weight: 1 }], lost: [] });
 
 // Keeps a file and gives the part of a query that names it.
 export function upload(file, weight = 1) {
@@ -64,7 +65,7 @@ function parse(hash) {
   return {
     view: VIEWS.includes(view) ? view : "search",
     parts: words.getAll("part").slice(0, MAX_PARTS).map(parsePart).filter(Boolean),
-    lost: words.getAll("part").some((part) => isName(part) && !parsePart(part)),
+    lost: words.getAll("part").slice(0, MAX_PARTS).filter((part) => isName(part) && !parsePart(part)),
     where: words.get("where") ?? "",
     root: words.get("root") ?? "",
     k: k >= 1 && k <= 1000 ? k : 24,
