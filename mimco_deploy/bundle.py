@@ -70,7 +70,7 @@ TOLERANCES: dict[Precision, Tolerance] = {
     "bf16": Tolerance(max_abs=3e-2, min_cosine=0.998, min_overlap=0.95),
     "int8": Tolerance(max_abs=5e-2, min_cosine=0.98, min_overlap=0.95),
 }
-_HASHED_AT_ONCE = 2**25
+_HASHED_AT_ONCE = 2**22
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,8 +290,7 @@ def checksum_of(document: Mapping[str, object]) -> str:
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal.
 
-    In large parts: after each the thread has to wait for the interpreter again, where another one imports. Not as a
-    memory map, in which a disk that fails ends the process.
+    Not as a memory map, in which a disk that fails ends the process.
     """
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:

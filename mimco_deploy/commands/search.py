@@ -39,6 +39,9 @@ NOTHING_FOUND = 3
 """Exit code where no query has a hit."""
 
 
+_SWITCH_S, _USUAL_SWITCH_S = 2e-4, sys.getswitchinterval()
+
+
 @dataclass(frozen=True)
 class _Answer:
     """What one query came to."""
@@ -200,7 +203,9 @@ def _answers(
     **runtime: Any,
 ) -> Iterator[_Answer]:
     with ThreadPoolExecutor(1) as beside:
-        # Most of it is hashing and ONNX Runtime's own work, which leaves the interpreter free to import the rest.
+        # Most of it is hashing and ONNX Runtime's own work, which leaves the interpreter free to import the rest. Who
+        # comes back from there shall not wait long for it.
+        sys.setswitchinterval(_SWITCH_S)
         loading = beside.submit(load_encoder, workspace, **runtime)
         from mimco_deploy.serving.filters import Filter
         from mimco_deploy.serving.generations import check_encoder
@@ -218,6 +223,7 @@ def _answers(
             raise
         watch.lap("index")
         encoder = loading.result()
+    sys.setswitchinterval(_USUAL_SWITCH_S)
     watch.lap("encoder")
     check_encoder(index.path, index.fingerprint, encoder.spec.fingerprint)
     # A line end, so that a remark at the end of one does not take in the next.
