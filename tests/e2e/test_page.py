@@ -177,16 +177,15 @@ def test_an_upload_of_another_tab_is_found_and_one_that_is_lost_is_told_once(
     assert names(second) == names(first)
     part = first.url.partition("part=")[2].partition("&")[0]
     second.evaluate("hash => { location.hash = hash; }", f"part={part}&part=u0-0_-1")
-    second.wait_for_selector("#nothing:visible")
-    assert "not kept any more" in second.inner_text("#nothing")
-    assert second.locator("#hits .line").count() == 0, "half a query is no query"
+    told = "document.querySelector('#nothing').innerText.includes('not kept any more')"
+    until(second, f"{told} && !document.querySelector('#hits .line')")  # half a query is no query
     second.click("#tab-index")
     second.click("#tab-search")
-    second.wait_for_selector("#nothing:visible")
+    until(second, told)
     assert second.locator("#hits .line").count() == 0, "nor later"
     assert "u0-0" in second.url, "and its address stays"
     second.click("#clear")
-    until(second, "!document.querySelector('#nothing').checkVisibility()")
+    until(second, f"!{told}")
     assert "u0-0" not in second.url
     context.close()
 
