@@ -51,7 +51,9 @@ class Query(Request):
     root: Text | None = Field(None, description="Only pictures in this folder or below")
     min_score: float = Field(-1.0, ge=-1, le=1)
     min_confidence: Share = 0.0
-    rerank: bool = Field(False, description="Order the best hits by how alike their parts are to the first picture's")
+    rerank: bool = Field(
+        False, strict=True, description="Order the best hits by how alike their parts are to the first picture's"
+    )
 
 
 class Batch(Request):
@@ -233,7 +235,7 @@ class JobRequest(Request):
     """What to index: the folders that the index knows, all or one of them."""
 
     root: Text | None = Field(None, description="One of the indexed folders; all where null")
-    retry_problems: bool = False
+    retry_problems: bool = Field(False, strict=True)
 
 
 class Version(BaseModel):

@@ -140,6 +140,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"parts": [{"upload": 0, "crop": [0, 0, 2, 1]}]}, "crop"),
     ({"parts": [{"upload": 0}, {"upload": 0, "weight": -1}]}, "cancel"),
     ({"rerank": True, "k": 500}, "rerank"),
+    ({"rerank": 1}, "rerank"),
 ]
 
 
