@@ -290,6 +290,7 @@ def checksum_of(document: Mapping[str, object]) -> str:
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal.
 
+    In larger parts than `hashlib.file_digest`'s: after each a thread waits for the interpreter, as a cold search does.
     Not as a memory map, in which a disk that fails ends the process.
     """
     digest = hashlib.sha256()

@@ -98,16 +98,25 @@ def split_move(index: Path, text: str) -> tuple[Path, Path]:
     signs = [at for at, letter in enumerate(text) if letter == "=" and 0 < at < len(text) - 1]
     splits = [(Path(text[:at]), Path(text[at + 1 :])) for at in signs]
     if len(splits) > 1:
-        recorded = read_current(index, _recorded)
+        recorded = recorded_roots(index)
         for old, new in splits:
             if new.is_dir() and _start(recorded, old) is not None:
                 return old, new
     return splits[0]
 
 
-def _recorded(generation: Generation) -> list[Root]:
-    with Catalog(generation.catalog) as catalog, catalog.snapshot():
-        return catalog.roots()
+def recorded_roots(index: Path) -> list[Root]:
+    """The indexed folders, sorted by path, also while the index is rewritten.
+
+    Raises:
+        IndexStoreError: there is no index, or it is broken.
+    """
+
+    def read(generation: Generation) -> list[Root]:
+        with Catalog(generation.catalog) as catalog, catalog.snapshot():
+            return catalog.roots()
+
+    return read_current(index, read)
 
 
 def _start(recorded: Sequence[Root], old: Path) -> Path | None:

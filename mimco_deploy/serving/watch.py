@@ -15,11 +15,9 @@ from pathlib import Path
 import watchfiles
 
 from mimco_deploy.errors import IndexStoreError
-from mimco_deploy.serving.catalog import Catalog
 from mimco_deploy.serving.encoders import Encoder
-from mimco_deploy.serving.generations import Generation, has_index, writing_process
-from mimco_deploy.serving.inspect import read_current
-from mimco_deploy.serving.roots import existing_folder
+from mimco_deploy.serving.generations import has_index, writing_process
+from mimco_deploy.serving.roots import existing_folder, recorded_roots
 from mimco_deploy.serving.update import UpdateReport, update_index
 
 logger = logging.getLogger(__name__)
@@ -99,14 +97,7 @@ def _wait(changes: Iterator[object], settle_s: float, stop: threading.Event) -> 
 
 
 def _recorded(index: Path) -> list[Path]:
-    if not has_index(index):
-        return []
-
-    def roots(generation: Generation) -> list[Path]:
-        with Catalog(generation.catalog) as catalog, catalog.snapshot():
-            return [root.path for root in catalog.roots()]
-
-    return read_current(index, roots)
+    return [root.path for root in recorded_roots(index)] if has_index(index) else []
 
 
 def _changes(folders: Sequence[Path], stop: threading.Event) -> Iterator[object]:

@@ -113,15 +113,20 @@ def test_a_rebuild_does_not_go_on_with_what_a_third_encoder_began(tmp_path: Path
     assert ImageIndex.open(tmp_path / "index").fingerprint == "2" * 64
 
 
+def killed_rebuild(tmp_path: Path) -> Path:
+    """An index of ten pictures, eight of which another encoder had embedded anew when it was killed."""
+    gallery(tmp_path / "a", 10)
+    grow(tmp_path, CountingEncoder(), tmp_path / "a")
+    with pytest.raises(Killed):
+        grow(tmp_path, FailingEncoder(8, 1, OTHER), rebuild=True)
+    return tmp_path / "index"
+
+
 @pytest.mark.parametrize("rewrite", [compact, repair])
 def test_a_rewrite_drops_nothing_that_a_killed_rebuild_embedded(
     tmp_path: Path, rewrite: Callable[[Path], RewriteReport]
 ) -> None:
-    gallery(tmp_path / "a", 10)
-    index = tmp_path / "index"
-    grow(tmp_path, CountingEncoder(), tmp_path / "a")
-    with pytest.raises(Killed):
-        grow(tmp_path, FailingEncoder(8, 1, OTHER), rebuild=True)
+    index = killed_rebuild(tmp_path)
     assert rewrite(index).files == rewrite(index).files == 10
     assert folders(index) == ["000005", "000006"]
     assert grow(tmp_path, CountingEncoder()).unchanged == 10
@@ -171,11 +176,7 @@ def test_a_rebuild_that_cannot_be_looked_at_for_now_is_not_dropped(
 def test_a_rewrite_that_is_killed_before_it_takes_over_keeps_that_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gallery(tmp_path / "a", 10)
-    index = tmp_path / "index"
-    grow(tmp_path, CountingEncoder(), tmp_path / "a")
-    with pytest.raises(Killed):
-        grow(tmp_path, FailingEncoder(8, 1, OTHER), rebuild=True)
+    index = killed_rebuild(tmp_path)
 
     def killed(*_: object) -> None:
         raise Killed

@@ -75,14 +75,17 @@ def save_encoder(folder: Path, backbone: BackboneConfig = BACKBONE) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def draw_labelled(folder: Path) -> Path:
     """A folder with train, val and an encoder of random weights."""
-    folder = tmp_path_factory.mktemp("labelled")
     draw_classes(folder / "train", 12)
     draw_classes(folder / "val", 5, first=100)
     save_encoder(folder / "encoder")
     return folder
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return draw_labelled(tmp_path_factory.mktemp("labelled"))
 
 
 def finetune_config(here: Path, **run: Any) -> FinetuneConfig:

@@ -22,7 +22,7 @@ from mimco_deploy.training.plan import fit_to_memory, plan_run
 from mimco_deploy.training.supervised import train_with_labels
 from mimco_deploy.training.supervised_checkpoint import read_run
 from tests.unit.training.small import BACKBONE, stop_at
-from tests.unit.training.test_finetune import BOTH, CONFIGS, draw_classes, finetune_config, save_encoder
+from tests.unit.training.test_finetune import BOTH, CONFIGS, draw_labelled, finetune_config, save_encoder
 
 
 @pytest.fixture(autouse=True)
@@ -32,11 +32,7 @@ def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("planned")
-    draw_classes(folder / "train", 12)
-    draw_classes(folder / "val", 5, first=100)
-    save_encoder(folder / "encoder")
-    return folder
+    return draw_labelled(tmp_path_factory.mktemp("planned"))
 
 
 @BOTH
