@@ -47,7 +47,7 @@ def finetune(config: FinetuneConfig, folder: Path) -> list[dict[str, float]]:
     if resume is not None and resume.config != config:
         sys.exit(f"{folder} holds a run of other settings: remove it")
     if resume is None or resume.progress.step < resume.progress.total_steps:
-        train_with_labels(resume.config if resume else config, folder, resume=resume)
+        train_with_labels(config, folder, resume=resume)
     return read_run(last, "finetune").progress.rows
 
 
