@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mimco_deploy.drawings import draw_gallery
+from tests.e2e.browser import CHROMIUM
 from tests.e2e.commands import Chain, mimco
 
 
@@ -33,3 +36,14 @@ def query(tmp_path: Path) -> Path:
     path = tmp_path / "query.jpg"
     draw(KINDS[0], seed=999, size_px=64).save(path)
     return path
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium, driven by Playwright."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()

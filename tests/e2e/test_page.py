@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.e2e.browser import MARKS, WAIT_S, until
 from tests.helpers import gallery
 from tests.unit.serving.http.conftest import COUNT, Place, make_place
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-WAIT_S = 15.0
 TOKEN = "a token of enough letters"
-pytestmark = [
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium"),
-    # Playwright's loop and its driver's pipes are closed after the test that opened them.
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = MARKS
 
 
 def start(place: Place, **environment: str) -> tuple[subprocess.Popen[str], str]:
@@ -59,16 +51,6 @@ def address(own: Place) -> Iterator[str]:
     assert stop(process) == 0
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
 def page(browser: Any, address: str) -> Iterator[Any]:
     """Fails where the page logs an error or asks another machine."""
@@ -86,14 +68,6 @@ def page(browser: Any, address: str) -> Iterator[Any]:
     yield page
     context.close()
     assert wrong == []
-
-
-def until(page: Any, expression: str) -> None:
-    """Wait for it to be true. The policy of the page forbids what Playwright does for that, as it should."""
-    deadline = time.monotonic() + WAIT_S
-    while not page.evaluate(expression):
-        assert time.monotonic() < deadline, expression
-        time.sleep(0.05)
 
 
 def names(page: Any) -> list[str]:

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import types
 from html.parser import HTMLParser
@@ -480,32 +479,3 @@ def test_without_an_index_the_command_says_so(tmp_path: Path) -> None:
     assert not (tmp_path / "m.html").exists()
     with pytest.raises(IndexStoreError):
         write_map(tmp_path / "m.html", tmp_path / "index")
-
-
-# ---------------------------------------------------------------------------------------------------- browser
-
-
-def test_a_browser_draws_the_page_and_lists_what_is_in_view(tmp_path: Path) -> None:
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("there is no chromium")
-    save(tmp_path / "images/<b>bold<∕b>.png", 99)
-    mapped(tmp_path, indexed(tmp_path))
-    done = subprocess.run(
-        [
-            *(browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"),
-            *(f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000", "--dump-dom"),
-            (tmp_path / "map.html").as_uri(),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    if "<html" not in done.stdout:
-        pytest.skip(f"chromium does not start here: {done.stderr[-200:]}")
-    assert 'data-points="7"' in done.stdout
-    assert "data-ready=" in done.stdout
-    assert "7 in view" in done.stdout
-    assert done.stdout.count("<li>") == 7
-    assert "&lt;b&gt;bold&lt;∕b&gt;.png</a>" in done.stdout

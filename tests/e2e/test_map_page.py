@@ -1,0 +1,77 @@
+"""The page of `mimco map` in a real browser."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mimco_deploy.serving.map import write_map
+from mimco_deploy.serving.update import update_index
+from tests.e2e.browser import MARKS, WAIT_S, until
+from tests.helpers import CountingEncoder, gallery, save
+
+pytestmark = MARKS
+MARKUP = "<b>bold<∕b>.png"
+
+
+@pytest.fixture
+def page(browser: Any, tmp_path: Path) -> Iterator[Any]:
+    """A map of seven pictures, one with markup in its name. Fails where it logs an error or asks for a file."""
+    gallery(tmp_path / "images", 6)
+    save(tmp_path / "images" / MARKUP, 99)
+    update_index(tmp_path / "index", [tmp_path / "images"], CountingEncoder())
+    write_map(tmp_path / "map.html", tmp_path / "index", "pca", 2000)
+    address = (tmp_path / "map.html").as_uri()
+    context = browser.new_context(viewport={"width": 1280, "height": 800})
+    page = context.new_page()
+    page.set_default_timeout(WAIT_S * 1e3)
+    wrong: list[str] = []
+    page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on(
+        "request",
+        lambda request: None if request.url.startswith((address, "blob:", "data:")) else wrong.append(request.url),
+    )
+    page.goto(address)
+    until(page, "document.documentElement.dataset.ready !== undefined")
+    yield page
+    context.close()
+    assert wrong == []
+
+
+def listed(page: Any) -> list[str]:
+    return [str(name) for name in page.locator("#list a").all_text_contents()]
+
+
+def test_it_draws_every_picture_and_lists_what_is_in_view(page: Any) -> None:
+    assert page.evaluate("document.documentElement.dataset.points") == "7"
+    until(page, "document.getElementById('status').textContent === '7 in view'")
+    assert len(listed(page)) == 7
+    assert MARKUP in listed(page)
+    assert page.locator("#list b").count() == 0
+    colours = """new Set(new Uint32Array(document.getElementById('view').getContext('2d')
+      .getImageData(0, 0, 1280, 800).data.buffer)).size"""
+    until(page, f"{colours} > 50")  # thumbnails, no empty canvas
+
+
+def test_keys_zoom_until_fewer_are_in_view_and_back(page: Any) -> None:
+    until(page, "document.getElementById('status').textContent === '7 in view'")
+    for _ in range(8):
+        page.keyboard.press("+")
+    until(page, "parseInt(document.getElementById('status').textContent) < 7")
+    page.keyboard.press("0")
+    until(page, "document.getElementById('status').textContent === '7 in view'")
+
+
+def test_part_of_a_path_is_found_and_its_card_opens_the_file(page: Any) -> None:
+    page.keyboard.press("/")
+    page.keyboard.type("BOLD")
+    until(page, "document.getElementById('found').textContent.startsWith('1 found')")
+    until(page, "document.getElementById('status').textContent === '1 in view'")
+    page.evaluate("document.getElementById('listing').open = true")
+    page.locator("#list a").first.hover()
+    assert page.locator("#card #name").inner_text() == MARKUP
+    assert page.locator("#card #open").get_attribute("href").endswith("/images/%3Cb%3Ebold%3C%E2%88%95b%3E.png")
