@@ -140,13 +140,9 @@ def _later(index: Path, number: int) -> list[Generation]:
 
 
 def _holds_rows_of_another(begun: Generation, fingerprint: str) -> bool:
-    try:
-        with Catalog(begun.catalog) as catalog, catalog.snapshot():
-            return catalog.fingerprint != fingerprint and catalog.row_count() > 0
-    except IndexBusyError:
-        raise
-    except IndexStoreError:
-        return False  # nothing that a rebuild would go on with
+    with _if_readable(), Catalog(begun.catalog) as catalog, catalog.snapshot():
+        return catalog.fingerprint != fingerprint and catalog.row_count() > 0
+    return False  # nothing that a rebuild would go on with
 
 
 def take_over(index: Path, begun: Catalog, folders: Sequence[Path]) -> None:
@@ -160,12 +156,11 @@ def take_over(index: Path, begun: Catalog, folders: Sequence[Path]) -> None:
         begun: catalogue of the generation that is filled.
         folders: that are to be indexed, beside those that the old index has.
     """
-    try:
-        with Catalog(current_generation(index).catalog) as old, old.snapshot():
-            budget, wanted = old.setting(BUDGET), {*folders, *(root.path for root in old.roots())}
-    except IndexBusyError:
-        raise
-    except IndexStoreError:
+    budget: str | None = None
+    wanted: set[Path] | None = None
+    with _if_readable(), Catalog(current_generation(index).catalog) as old, old.snapshot():
+        budget, wanted = old.setting(BUDGET), {*folders, *(root.path for root in old.roots())}
+    if wanted is None:
         return
     with begun.transaction():
         begun.set_setting(BUDGET, budget)
@@ -176,13 +171,9 @@ def take_over(index: Path, begun: Catalog, folders: Sequence[Path]) -> None:
 
 def files_to_replace(index: Path) -> list[Path]:
     """The files, absolute, of the index that a rebuild replaces; none where there is none that can be read."""
-    try:
-        with Catalog(current_generation(index).catalog) as old, old.snapshot():
-            return old.files()
-    except IndexBusyError:
-        raise
-    except IndexStoreError:
-        return []
+    with _if_readable(), Catalog(current_generation(index).catalog) as old, old.snapshot():
+        return old.files()
+    return []
 
 
 def stage_generation(index: Path) -> Generation:
@@ -328,11 +319,18 @@ def _last_number(index: Path) -> int:
 
 
 def _was_begun_for(generation: Generation, fingerprint: str, dim: int) -> bool:
+    with _if_readable(), Catalog(generation.catalog) as catalog, catalog.snapshot():
+        read_vectors(generation.vectors, catalog.embedding_dim, catalog.row_count())
+        return catalog.fingerprint == fingerprint and catalog.embedding_dim == dim
+    return False
+
+
+@contextlib.contextmanager
+def _if_readable() -> Iterator[None]:
+    """Leave off where an index is broken or not there. One that is held for now is neither."""
     try:
-        with Catalog(generation.catalog) as catalog, catalog.snapshot():
-            read_vectors(generation.vectors, catalog.embedding_dim, catalog.row_count())
-            return catalog.fingerprint == fingerprint and catalog.embedding_dim == dim
+        yield
     except IndexBusyError:
         raise
     except IndexStoreError:
-        return False
+        pass

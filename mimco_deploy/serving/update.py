@@ -12,9 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +29,6 @@ from mimco_deploy.serving.generations import (
     begin_generation,
     check_encoder,
     current_generation,
-    files_to_replace,
     has_index,
     sweep,
     switch_to,
@@ -40,8 +37,9 @@ from mimco_deploy.serving.generations import (
 )
 from mimco_deploy.serving.guarded import DecodePool, Limits
 from mimco_deploy.serving.pictures import Job, Outcome, Picture, Refused, Vanished, read_pictures
+from mimco_deploy.serving.rebuild import refuse_to_lose
 from mimco_deploy.serving.roots import existing_folder, record_roots, roots_to_keep
-from mimco_deploy.serving.scan import Stamp, Unlisted, compare, readable, scan_root
+from mimco_deploy.serving.scan import Stamp, Unlisted, compare, scan_root
 from mimco_deploy.serving.tuning import keep_tuned_or_warn
 from mimco_deploy.serving.vectors import VectorWriter, crc32s
 
@@ -219,10 +217,10 @@ class _Update:
             roots = self._catalog.roots() if everything else touched
         jobs = [job for root in roots for job in self._compare(root)]
         if self.replaces is not None:
-            self._refuse_to_lose(self.replaces, jobs)
+            refuse_to_lose(self.replaces, self._catalog, self._unlisted, jobs)
         self._read_and_commit(jobs)
         if self.replaces is not None:
-            self._refuse_to_lose(self.replaces, ())
+            refuse_to_lose(self.replaces, self._catalog, self._unlisted, ())
         with self._catalog.snapshot():
             problems, counts = tuple(self._catalog.problems()), self._catalog.counts()
         return UpdateReport(
@@ -253,31 +251,6 @@ class _Update:
                 self._removed += self._catalog.drop(root, changes.gone)
         self._unchanged += sum(map(listed.__contains__, changes.same))
         return [Job(root, file, file.path in listed) for file in sorted(changes.new + changes.changed)]
-
-    def _refuse_to_lose(self, index: Path, jobs: Sequence[Job]) -> None:
-        """Before hours of embedding, and after them: what is not whole cannot take the place of the old index.
-
-        Args:
-            index: the index folder.
-            jobs: that are still to be done.
-
-        Raises:
-            IndexStoreError: that holds files which the walks could not look at, or in a folder that is empty or away
-                now, as where a disk was mounted that is taken out.
-        """
-        with self._catalog.snapshot():
-            problems = [one.path for one in self._catalog.problems() if jobs or one.problem != "unreadable"]
-            held, roots = {*self._catalog.files(), *problems}, [root.path for root in self._catalog.roots()]
-        held.update(job.root.path / job.file.path for job in jobs)
-        missed = [path for path in files_to_replace(index) if path not in held]
-        for root, folder in self._unlisted:
-            below = (str(path.relative_to(root.path)) for path in missed if path.is_relative_to(root.path))
-            if lost := sum(map(folder.hides, below)):
-                raise _would_lose(root.path / folder.path, folder.reason, lost)
-        for parent, lost in Counter(path.parent for path in missed).items():
-            top = next((root for root in roots if parent.is_relative_to(root)), None)
-            if top is not None and (reason := _emptied(there := _still_there(parent, top))):
-                raise _would_lose(there, reason, lost)
 
     def _read_and_commit(self, jobs: Sequence[Job]) -> None:
         if not jobs:
@@ -348,37 +321,6 @@ class _Update:
                 self._catalog.put_problem(job.root, job.file.path, outcome.stamp, outcome.problem, outcome.found)
             case Vanished():
                 self._removed += self._catalog.drop(job.root, [job.file.path])
-
-
-def _would_lose(folder: Path, reason: str, files: int) -> IndexStoreError:
-    return IndexStoreError(
-        f"{readable(folder)} cannot be read ({reason}), and a rebuild would lose its {files} files",
-        expected="all indexed folders as they were; an empty one that is meant: delete it, or mimco index forget it",
-        command="mimco index reindex",
-    )
-
-
-def _still_there(folder: Path, top: Path) -> Path:
-    """The folder, or the nearest above it that was not deleted, up to `top`."""
-    while folder != top:
-        try:
-            folder.lstat()
-        except FileNotFoundError:
-            folder = folder.parent
-        except OSError:
-            break
-        else:
-            break
-    return folder
-
-
-def _emptied(folder: Path) -> str:
-    """Why nothing is found in a folder, in words; empty where something is."""
-    try:
-        with os.scandir(folder) as entries:
-            return "" if any(entries) else "it is empty"
-    except OSError as error:
-        return error.strerror or type(error).__name__
 
 
 class _Batch:
