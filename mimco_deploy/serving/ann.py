@@ -93,6 +93,7 @@ class Searcher:
         self._ivf: Any = None
         if approximation is not None:
             self._ivf = _open(approximation, vectors)
+            self._ivf.nprobe = approximation.nprobe
             self._set_effort(approximation.nprobe)
             self._per_hit = 1 if "SQ8" in approximation.kind else _PER_HIT_OF_CODES
             self._covered = approximation.rows
@@ -144,9 +145,12 @@ class Searcher:
 
     def _set_effort(self, nprobe: int) -> None:
         self._nprobe = nprobe
-        self._parameters: Any = faiss.SearchParametersIVF()
+        self._parameters: Any = None
+        if self._live is None:
+            return  # the index itself knows it: parameters of their own cost a search a tenth
+        self._parameters = faiss.SearchParametersIVF()
         self._parameters.nprobe = nprobe
-        self._parameters.sel = self._live.faiss if self._live else None
+        self._parameters.sel = self._live.faiss
 
     def _best(self, query: Vectors, candidates: Rows, k: int) -> tuple[Scores, Rows]:
         """The k best of what was proposed for one query; of all rows, where too few were."""
@@ -288,8 +292,8 @@ def _scored_again(vectors: Vectors, queries: Vectors, candidates: Rows) -> tuple
 
 def _score(vectors: Vectors, query: Vectors, rows: Rows) -> tuple[Scores, Rows]:
     """Scores [K] falling, and the rows they are of; equal scores by rising row."""
-    # Not a product of BLAS, where the order of a row's sum depends on how many rows there are.
-    exact = np.einsum("kd,d->k", vectors[rows].astype(np.float64), query.astype(np.float64)).astype(np.float32)
+    # Not a product of matrices, where the order of a row's sum depends on how many rows there are.
+    exact = np.vecdot(vectors.take(rows, axis=0).astype(np.float64), query.astype(np.float64)).astype(np.float32)
     order = np.lexsort((rows, -exact))
     return exact[order], rows[order]
 

@@ -32,6 +32,7 @@ _MIN_ROWS = 40
 _GROWTH = 1.25
 _SHARES = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005)
 """Of the sampled scores that reach the stored z; beyond the last, the tail is continued."""
+_LOG_SHARES = np.log(_SHARES)
 _TRIMMED = 0.02
 """Of a query's highest reference scores, which may be true matches."""
 _MIN_SPREAD = 1e-4
@@ -71,7 +72,7 @@ class Background:
         """
         usual = query @ references.T  # [R]
         z = _standard(usual[np.newaxis], scores[np.newaxis] - _ROUNDING)[0]
-        shares = np.exp(np.interp(z, self.z, np.log(_SHARES)))
+        shares = np.exp(np.interp(z, self.z, _LOG_SHARES))
         beyond = z > self.z[-1]
         shares[beyond] = _SHARES[-1] * np.exp(-(z[beyond] - self.z[-1]) / self.tail)
         shares[z < self.z[0]] = 1.0
