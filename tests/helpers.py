@@ -14,6 +14,7 @@ from PIL import Image
 from mimco_deploy.bundle import MODEL_FILES, EncoderSpec, Golden, Precision, write_contract, write_golden
 from mimco_deploy.drawings import KINDS, draw
 from mimco_deploy.serving.encoders import Encoder
+from mimco_deploy.serving.engines import Engine, EngineSpec, write_plan, write_sidecar
 
 if TYPE_CHECKING:
     import onnx
@@ -109,6 +110,13 @@ def tiny_bundle(
     write_golden(folder, golden or Golden(images, tiny_embed(images, seed)))
     write_contract(folder, tiny_spec(fingerprint))
     return folder
+
+
+def write_engine(folder: Path, spec: EngineSpec, plan: bytes, layers: dict[str, int]) -> Engine:
+    """Write a plan and its sidecar, as if it had been built and proved."""
+    engine = write_plan(folder, spec, plan, layers)
+    write_sidecar(engine)
+    return engine
 
 
 class CountingEncoder:

@@ -220,6 +220,8 @@ def _check_engine_usage(
         raise click.UsageError("--emit-trtexec goes with --format tensorrt, and prints a command alone.")
     if triton is not None and precisions > 1:
         raise click.UsageError("--triton takes one --precision.")
+    if triton is not None and (target == "tensorrt-rtx" or engine["profile"][0] > 1):
+        raise click.UsageError("--triton serves plans of --format tensorrt whose least batch is 1.")
 
 
 def _trained_student(workspace: Workspace) -> Path:

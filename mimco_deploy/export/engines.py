@@ -44,7 +44,8 @@ class BuiltEngine:
         spec, size = self.engine.spec, self.engine.plan.stat().st_size / 2**20
         state = "built" if self.is_new else "up to date"
         products = ", ".join(f"{count} {name}" for name, count in self.engine.layers.items() if "MULTIPLY" in name)
-        return f"{spec.flavour} {spec.version}: {self.engine.plan} {state}, {size:.1f} MiB ({products})"
+        proved = "proved on this GPU" if spec.gpu else "of a network with"
+        return f"{spec.flavour} {spec.version}: {self.engine.plan} {state}, {size:.1f} MiB ({proved} {products})"
 
 
 def bundle_is_current(folder: Path, precisions: Sequence[Precision], student: Path) -> bool:
@@ -67,7 +68,8 @@ def bundle_is_current(folder: Path, precisions: Sequence[Precision], student: Pa
         for precision in precisions:
             bundle.model(precision)  # says what is missing
         return True
-    newer = trained.stat().st_mtime_ns > contract.stat().st_mtime_ns
+    # Not the contract's date: it is written anew for a default that was picked.
+    newer = trained.stat().st_mtime_ns > bundle.model("fp32").stat().st_mtime_ns
     return not newer and set(precisions) <= set(bundle.precisions)
 
 

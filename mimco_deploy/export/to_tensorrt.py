@@ -7,7 +7,6 @@ typed, so an engine has the types that the graph states, and those are read back
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import re
 import signal
@@ -22,24 +21,29 @@ from mimco_deploy.atomic import write_bytes
 from mimco_deploy.bundle import Bundle, Precision
 from mimco_deploy.errors import ConfigError, EngineError
 from mimco_deploy.serving.encoders.onnx import INPUT_NAME
-from mimco_deploy.serving.engines import ENGINES, Engine, EngineSpec, engine_for, model_hash, write_engine
-from mimco_deploy.serving.trt import Flavour, gpu_here, new_log
+from mimco_deploy.serving.encoders.tensorrt import TensorRTEncoder
+from mimco_deploy.serving.engine_types import LISTED, TYPES
+from mimco_deploy.serving.engines import (
+    ENGINES,
+    Engine,
+    EngineSpec,
+    engine_for,
+    model_hash,
+    platform_here,
+    write_plan,
+    write_sidecar,
+)
+from mimco_deploy.serving.trt import Flavour, gpu_here, load_cuda, new_log
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 """Phase, steps done, steps in all."""
-PRECISIONS: dict[Precision, str] = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}
-"""What an engine can be made of, and TensorRT's name of the type."""
 _PRODUCTS = ("MATRIX_MULTIPLY", "CONVOLUTION", "DECONVOLUTION")
-_PRODUCT_LAYER = re.compile("gemm|conv|matrix|matmul", re.IGNORECASE)
-_BUILT_NAMES: dict[Precision, set[str]] = {
-    "fp32": {"float", "fp32"},
-    "fp16": {"half", "fp16"},
-    "bf16": {"bf16", "bfloat16"},
-}
-_LISTED = 5
+_SETTINGS = "strongly-typed no-tf32 detailed"
+"""What `_configure` sets in every builder; says so in the sidecar."""
 _MAX_WORKSPACE_MIB = 1 << 20
+_MAX_BATCH = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,10 +63,12 @@ class EngineOptions:
         least, usual, most = self.profile
         if not 1 <= least <= usual <= most:
             raise ConfigError(f"profile {least},{usual},{most}", expected="1 ≤ least ≤ most usual ≤ largest batch")
+        if most > _MAX_BATCH:
+            raise ConfigError(f"a largest batch of {most}", expected=f"at most {_MAX_BATCH}")
         if self.workspace_mib > _MAX_WORKSPACE_MIB:
             raise ConfigError(f"a workspace of {self.workspace_mib} MiB", expected=f"at most {_MAX_WORKSPACE_MIB}")
-        if self.precision not in PRECISIONS:
-            raise ConfigError(f"an engine in {self.precision}", expected=f"--precision {' or '.join(PRECISIONS)}")
+        if self.precision not in TYPES:
+            raise ConfigError(f"an engine in {self.precision}", expected=f"--precision {' or '.join(TYPES)}")
 
 
 def gpus_to_build_for(trt: Any, flavour: Flavour, options: EngineOptions) -> tuple[str, tuple[int, ...]]:
@@ -107,6 +113,8 @@ def plan_engine(trt: Any, flavour: Flavour, bundle: Bundle, options: EngineOptio
         opt_batch=usual,
         max_batch=most,
         workspace_mib=options.workspace_mib,
+        settings=_SETTINGS,
+        platform=platform_here(),
         gpu=gpu,
         compute_capabilities=capabilities,
     )
@@ -150,11 +158,26 @@ def ensure_engine(
     plan = _build(trt, builder, network, config, on_progress)
     if plan is None:
         raise _failed(spec, "builds no engine", log.errors)
-    if cache is not None:
-        write_bytes(cache, bytes(config.get_timing_cache().serialize()))
+    engine = write_plan(bundle.path, spec, plan, layers)
+    if cache is not None and (measured := config.get_timing_cache()) is not None:
+        write_bytes(cache, bytes(measured.serialize()))
     if spec.gpu:
-        _check_built(trt, log, plan, spec)
-    return write_engine(bundle.path, spec, plan, layers), True
+        _prove(trt, bundle, engine)
+    write_sidecar(engine)
+    return engine, True
+
+
+def _prove(trt: Any, bundle: Bundle, engine: Engine) -> None:
+    """Load what was built, read its types back and run it on the golden pictures: before that it does not count.
+
+    Raises:
+        EngineError: it does not load, or has other types than asked for.
+        BundleError: it does not run, or answers otherwise than the graph that it was made of.
+        MissingExtraError: cuda-python is not installed.
+    """
+    encoder = TensorRTEncoder(bundle, engine, trt, load_cuda())
+    encoder.check_types()
+    encoder.prove()
 
 
 def trtexec_command(bundle: Bundle, options: EngineOptions) -> list[str]:
@@ -171,6 +194,7 @@ def trtexec_command(bundle: Bundle, options: EngineOptions) -> list[str]:
         *(f"--{name}Shapes={INPUT_NAME}:{batch}x{side}x{side}x3" for name, batch in shapes.items()),
         *limit,
         "--noTF32",
+        "--profilingVerbosity=detailed",
         f"--saveEngine={model.with_suffix('.plan')}",
     ]
 
@@ -181,7 +205,7 @@ def layer_types(network: Any) -> Mapping[str, int]:
     for number in range(network.num_layers):
         layer = network.get_layer(number)
         kind, dtype = layer.type.name, layer.get_output(0).dtype.name
-        if dtype in PRECISIONS.values() and kind != "CONSTANT":
+        if dtype in TYPES.values() and kind != "CONSTANT":
             kinds[f"{kind} {dtype}"] += 1
     return dict(sorted(kinds.items()))
 
@@ -197,10 +221,10 @@ def check_types(layers: Mapping[str, int], products: Mapping[str, str], precisio
     Raises:
         EngineError: one is not; lists layers.
     """
-    wanted = PRECISIONS[precision]
+    wanted = TYPES[precision]
     wrong = [f"{name} is {dtype}" for name, dtype in products.items() if dtype != wanted]
     if wrong or not products:
-        listed = ", ".join(wrong[:_LISTED]) + (f" and {len(wrong) - _LISTED} more" if len(wrong) > _LISTED else "")
+        listed = ", ".join(wrong[:LISTED]) + (f" and {len(wrong) - LISTED} more" if len(wrong) > LISTED else "")
         raise EngineError(f"asked for {precision}, but {listed or 'the graph multiplies nothing'}", expected=wanted)
     logger.info("layer types: %s", ", ".join(f"{count} {name}" for name, count in layers.items()))
 
@@ -231,9 +255,12 @@ def _configure(trt: Any, builder: Any, bundle: Bundle, spec: EngineSpec) -> Any:
 
 def _use_timing_cache(config: Any, bundle: Bundle, spec: EngineSpec) -> Path:
     """Reuse what earlier builds measured; TensorRT for RTX measures nothing while it builds."""
-    path = bundle.path / ENGINES / f"timing-{spec.version}.cache"
+    gpu = re.sub(r"\W+", "-", spec.gpu).lower()  # what was measured on one says nothing of another
+    path = bundle.path / ENGINES / f"timing-{spec.version}-{gpu}.cache"
     content = path.read_bytes() if path.is_file() else b""
-    config.set_timing_cache(config.create_timing_cache(content), ignore_mismatch=False)
+    if not config.set_timing_cache(config.create_timing_cache(content), ignore_mismatch=False):
+        logger.warning("%s is of another GPU or driver: measuring anew", path.name)
+        config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
     return path
 
 
@@ -298,41 +325,6 @@ def _monitor(trt: Any, stop: threading.Event, on_progress: Progress | None) -> A
             return not stop.is_set()
 
     return _Monitor()
-
-
-def _check_built(trt: Any, log: Any, plan: bytes, spec: EngineSpec) -> None:
-    """Read the types back from the built engine, which takes the GPU that it was built on."""
-    engine = trt.Runtime(log).deserialize_cuda_engine(plan)
-    if engine is None:
-        raise _failed(spec, "cannot load what it built", log.errors)
-    told = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
-    check_built_types(told, spec.precision)
-
-
-def check_built_types(told: str, precision: Precision) -> None:
-    """Whether the products of a built engine give the type asked for.
-
-    Args:
-        told: what the engine inspector says, JSON. Layers that were fused go by the type of their outputs.
-        precision: asked for.
-
-    Raises:
-        EngineError: a product gives another type, or nothing in the engine gives this one; lists layers.
-    """
-    entries = [entry for entry in json.loads(told).get("Layers", []) if isinstance(entry, dict)]
-    gives = {str(entry.get("Name")): _types_given(entry) for entry in entries}
-    products = {str(entry.get("Name")) for entry in entries if _PRODUCT_LAYER.search(str(entry.get("LayerType")))}
-    names = _BUILT_NAMES[precision]
-    wrong = [f"{name} is {'/'.join(sorted(gives[name]))}" for name in sorted(products) if not gives[name] & names]
-    if wrong or not any(types & names for types in gives.values()):
-        listed = ", ".join(wrong[:_LISTED]) or f"none of {len(entries)} layers is"
-        raise EngineError(f"asked for {precision}, but in the built engine {listed}", expected=PRECISIONS[precision])
-
-
-def _types_given(entry: Mapping[str, Any]) -> set[str]:
-    """The words in which the inspector tells the types of a layer's outputs."""
-    told = (str(value) for output in entry.get("Outputs", []) for key, value in output.items() if "type" in key.lower())
-    return {word for text in told for word in text.lower().split()}
 
 
 def _failed(spec: EngineSpec, what: str, reasons: list[str]) -> EngineError:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import onnx
-
 from mimco_deploy.atomic import write_bytes
 from mimco_deploy.bundle import Bundle
 from mimco_deploy.errors import ConfigError
@@ -53,6 +51,8 @@ def write_repository(folder: Path, bundle: Bundle, model: Path, max_batch: int) 
 
 
 def _patch_width(bundle: Bundle) -> int:
+    import onnx  # which an engine of a bundle without patches needs not
+
     outputs = {value.name: value for value in onnx.load(bundle.model("fp32")).graph.output}
     return int(outputs[PATCHES_NAME].type.tensor_type.shape.dim[2].dim_value)
 

@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from mimco_deploy.bundle import TOLERANCES, Bundle, Precision, read_bundle, write_contract
 from mimco_deploy.bundle_archive import is_archive
-from mimco_deploy.errors import BundleError
+from mimco_deploy.errors import BundleError, EngineError
 from mimco_deploy.serving.agreement import Embeddings, compare
 from mimco_deploy.serving.doctor import installed
 from mimco_deploy.serving.encoders.proof import first_line
@@ -113,22 +113,22 @@ def devices_here() -> list[str]:
 
 def bundle_variants(path: Path, bundle: Bundle, devices: Sequence[str]) -> list[Variant]:
     """Every precision of a bundle on every device, and its engines; fp32 on the first comes first, the reference."""
-    sidecars = sorted((bundle.path / ENGINES).glob("*.json")) if "tensorrt" in devices else []
-    engines = [read_engine(sidecar.with_suffix(".plan")) for sidecar in sidecars]
-    return [
-        *_onnx_variants(path, bundle, [device for device in devices if device != "tensorrt"]),
-        *(
-            Variant(
-                engine.spec.flavour,
-                engine.spec.precision,
-                "tensorrt",
-                _load_engine,
-                (path, engine.spec.precision),
-                engine.plan.stat().st_size / 2**20,
-            )
-            for engine in engines
-        ),
-    ]
+    onnx = _onnx_variants(path, bundle, [device for device in devices if device != "tensorrt"])
+    return [*onnx, *_engine_variants(path, bundle)] if "tensorrt" in devices else onnx
+
+
+def _engine_variants(path: Path, bundle: Bundle) -> list[Variant]:
+    found = []
+    for sidecar in sorted((bundle.path / ENGINES).glob("*.json")):
+        plan = sidecar.with_suffix(".plan")
+        try:
+            spec = read_engine(plan).spec
+        except EngineError as error:  # the others can be measured all the same
+            logger.warning("%s", error)
+            continue
+        size_mib = plan.stat().st_size / 2**20
+        found.append(Variant(spec.flavour, spec.precision, "tensorrt", _load_engine, (path, plan.name), size_mib))
+    return found
 
 
 def _onnx_variants(path: Path, bundle: Bundle, devices: Sequence[str]) -> list[Variant]:
@@ -330,10 +330,11 @@ def _rows(variant: Variant, rounds: Sequence[_Measured], reference: Embeddings |
         )
 
 
-def _load_engine(path: Path, precision: Precision) -> tuple[Embed, str]:
-    from mimco_deploy.serving.encoders.tensorrt import open_engine
+def _load_engine(path: Path, plan: str) -> tuple[Embed, str]:
+    from mimco_deploy.serving.encoders.tensorrt import open_plan
 
-    encoder = open_engine(read_bundle(path), precision)
+    bundle = read_bundle(path)
+    encoder = open_plan(bundle, bundle.path / ENGINES / plan)
     return encoder.embed, encoder.provider
 
 

@@ -7,8 +7,11 @@ anew or refused, never loaded. Standard library only.
 
 from __future__ import annotations
 
-import hashlib
 import json
+import platform
+import re
+import shlex
+import sys
 import typing
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -20,7 +23,8 @@ from mimco_deploy.bundle import Bundle, Precision, checksum_of, sha256_of, witho
 from mimco_deploy.errors import EngineError
 from mimco_deploy.serving.trt import Flavour
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2: `platform` and `settings`."""
 ENGINES = "engines"
 _MAX_SIDECAR_BYTES = 1 << 20
 
@@ -40,6 +44,10 @@ class EngineSpec:
     max_batch: int
     workspace_mib: int
     """Limit of scratch memory while building; 0 leaves it to TensorRT."""
+    settings: str
+    """Of the builder, beside those: a word for each."""
+    platform: str
+    """Operating system and machine; see `platform_here`."""
     gpu: str
     """Name of the GPU it was built on, or empty for one that was built ahead of time."""
     compute_capabilities: tuple[int, ...]
@@ -51,12 +59,14 @@ class EngineSpec:
         capabilities = "+".join(f"sm{capability}" for capability in self.compute_capabilities)
         return f"{self.flavour}-{self.precision}-{capabilities}-b{self.min_batch}-{self.opt_batch}-{self.max_batch}"
 
-    @property
-    def command(self) -> str:
-        """What builds it."""
-        ahead = f" --compute-capability {','.join(map(str, self.compute_capabilities))}" if not self.gpu else ""
-        profile = f"{self.min_batch},{self.opt_batch},{self.max_batch}"
-        return f"mimco export --format {self.flavour} --precision {self.precision} --profile {profile}{ahead}"
+    def command(self, bundle: Path) -> str:
+        """What builds it in a bundle."""
+        words = ["--precision", self.precision, "--profile", f"{self.min_batch},{self.opt_batch},{self.max_batch}"]
+        if self.workspace_mib:
+            words += ["--workspace-mib", str(self.workspace_mib)]
+        if not self.gpu:
+            words += ["--compute-capability", ",".join(map(str, self.compute_capabilities))]
+        return shlex.join(["mimco", "export", "--format", self.flavour, *words, "--output", str(bundle)])
 
 
 @dataclass(frozen=True)
@@ -66,11 +76,16 @@ class Engine:
     plan: Path
     spec: EngineSpec
     layers: Mapping[str, int]
-    """Kind and type of a layer → how many, such as `MATRIX_MULTIPLY HALF`: 72."""
+    """Of the network that it was built of. Kind and type of a layer → how many, such as `MATRIX_MULTIPLY HALF`: 72."""
 
 
-def write_engine(folder: Path, spec: EngineSpec, plan: bytes, layers: Mapping[str, int]) -> Engine:
-    """Write plan and sidecar, the sidecar last: a plan without one does not count.
+def platform_here() -> str:
+    """Operating system and machine, such as `linux x86_64`: engines cross neither."""
+    return f"{sys.platform} {platform.machine()}"
+
+
+def write_plan(folder: Path, spec: EngineSpec, plan: bytes, layers: Mapping[str, int]) -> Engine:
+    """Write a plan without its sidecar, so that it does not count yet.
 
     Args:
         folder: of the bundle.
@@ -79,14 +94,21 @@ def write_engine(folder: Path, spec: EngineSpec, plan: bytes, layers: Mapping[st
         layers: see `Engine`.
     """
     path = folder / ENGINES / f"{spec.name}.plan"
-    sidecar = path.with_suffix(".json")
-    sidecar.unlink(missing_ok=True)
+    path.with_suffix(".json").unlink(missing_ok=True)
     write_bytes(path, plan)
-    document: dict[str, Any] = {"format_version": FORMAT_VERSION, **asdict(spec), "layers": dict(layers)}
-    document["plan_sha256"] = hashlib.sha256(plan).hexdigest()
-    document["checksum"] = checksum_of(document)
-    write_bytes(sidecar, (json.dumps(document, indent=2) + "\n").encode())
     return Engine(path, spec, layers)
+
+
+def write_sidecar(engine: Engine) -> None:
+    """From now on the engine counts."""
+    document: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        **asdict(engine.spec),
+        "layers": dict(engine.layers),
+        "plan_sha256": sha256_of(engine.plan),
+    }
+    document["checksum"] = checksum_of(document)
+    write_bytes(engine.plan.with_suffix(".json"), (json.dumps(document, indent=2) + "\n").encode())
 
 
 def read_engine(plan: Path) -> Engine:
@@ -95,17 +117,17 @@ def read_engine(plan: Path) -> Engine:
     Raises:
         EngineError: plan or sidecar is missing or damaged, or of another format.
     """
-    sidecar = plan.with_suffix(".json")
+    sidecar, again = plan.with_suffix(".json"), _command_by_name(plan)
     for path in (plan, sidecar):
         if not path.is_file():
-            raise EngineError(f"no {path}", expected="a plan and its sidecar", command=_COMMAND)
+            raise EngineError(f"no {path}", expected="a plan and its sidecar", command=again)
     try:
         if sidecar.stat().st_size > _MAX_SIDECAR_BYTES:
             raise ValueError(f"more than {_MAX_SIDECAR_BYTES:,} bytes")
         document = json.loads(sidecar.read_text(encoding="utf-8"), object_pairs_hook=without_repeats)
         version = document["format_version"]
         if version != FORMAT_VERSION:
-            raise EngineError(f"{sidecar} has format version {version}", expected=str(FORMAT_VERSION), command=_COMMAND)
+            raise EngineError(f"{sidecar} has format version {version}", expected=str(FORMAT_VERSION), command=again)
         if document.pop("checksum") != checksum_of(document):
             raise ValueError("its checksum is not that of its content")
         capabilities = tuple(document["compute_capabilities"])
@@ -120,11 +142,11 @@ def read_engine(plan: Path) -> Engine:
         stated, layers = document["plan_sha256"], dict(document["layers"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise EngineError(
-            f"{sidecar} cannot be read ({error!r})", expected="the sidecar of an engine", command=_COMMAND
+            f"{sidecar} cannot be read ({error!r})", expected="the sidecar of an engine", command=again
         ) from error
     found = sha256_of(plan)
     if found != stated:
-        raise EngineError(f"{plan} has SHA-256 {found[:12]}…", expected=f"{stated[:12]}…", command=spec.command)
+        raise EngineError(f"{plan} has SHA-256 {found[:12]}…", expected=f"{stated[:12]}…", command=again)
     return Engine(plan, spec, layers)
 
 
@@ -142,8 +164,9 @@ def engine_for(bundle: Bundle, wanted: EngineSpec) -> Engine:
     """
     engine = read_engine(bundle.path / ENGINES / f"{wanted.name}.plan")
     if differ := differences(engine.spec, wanted):
-        command = f"{wanted.command} --output {bundle.path}"
-        raise EngineError(f"{engine.plan} is of {'; '.join(differ)}", expected="its own", command=command)
+        raise EngineError(
+            f"{engine.plan} is of {'; '.join(differ)}", expected="its own", command=wanted.command(bundle.path)
+        )
     return engine
 
 
@@ -152,7 +175,18 @@ def model_hash(bundle: Bundle, precision: Precision) -> str:
     return sha256_of(bundle.model(precision))
 
 
-_COMMAND = "mimco export --format tensorrt"
+_NAME = re.compile(r"(tensorrt(?:-rtx)?)-(fp32|fp16|bf16)-(sm\d+(?:\+sm\d+)*)-b(\d+)-(\d+)-(\d+)")
+
+
+def _command_by_name(plan: Path) -> str:
+    """What builds an engine whose sidecar says nothing."""
+    words = ["--format", "tensorrt"]
+    if found := _NAME.fullmatch(plan.stem):
+        flavour, precision, capabilities, *profile = found.groups()
+        words = ["--format", flavour, "--precision", precision, "--profile", ",".join(profile)]
+        if flavour == "tensorrt-rtx":
+            words += ["--compute-capability", capabilities.replace("sm", "").replace("+", ",")]
+    return shlex.join(["mimco", "export", *words, "--output", str(plan.parent.parent)])
 
 
 def _fits(kind: Any, value: object) -> bool:

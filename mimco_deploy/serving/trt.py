@@ -26,7 +26,7 @@ _RTX_LIBRARIES = ("libtensorrt_rtx.so.*", "libtensorrt_onnxparser_rtx.so.*")
 
 @dataclass(frozen=True)
 class Gpu:
-    """The first GPU of the machine."""
+    """The GPU to build for and run on."""
 
     name: str
     compute_capability: int
@@ -55,8 +55,36 @@ def has_rtx() -> bool:
     return bool(importlib.util.find_spec("tensorrt_rtx") or bindings)
 
 
+def load_cuda() -> Any:
+    """cuda-python's binding of the CUDA runtime.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    try:
+        return importlib.import_module("cuda.bindings.runtime")
+    except ImportError as error:
+        command = 'pip install "mimco-deploy[tensorrt]"'
+        raise MissingExtraError(f"cuda-python cannot be imported ({error})", command=command) from error
+
+
 def gpu_here() -> Gpu | None:
-    """The first GPU, as the driver tells; None where there is none."""
+    """The GPU that CUDA gives a program, by its own count where cuda-python is installed; None where there is none."""
+    try:
+        cuda = load_cuda()
+    except MissingExtraError:
+        return _gpu_by_driver()
+    status, device = cuda.cudaGetDevice()
+    if int(status) != 0:
+        return None
+    status, properties = cuda.cudaGetDeviceProperties(device)
+    if int(status) != 0:
+        return None
+    return Gpu(properties.name.rstrip(b"\0").decode(), 10 * properties.major + properties.minor)
+
+
+def _gpu_by_driver() -> Gpu | None:
+    """The first that the driver lists. It knows nothing of CUDA_VISIBLE_DEVICES."""
     query = ["nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True)
@@ -88,8 +116,25 @@ def _load_rtx() -> Any:
         return importlib.import_module("tensorrt_rtx")
     plugin = importlib.util.find_spec(_RTX_PLUGIN)
     if plugin is not None:  # carries the libraries under their full version; loaded, they satisfy the bindings
-        for pattern in _RTX_LIBRARIES:
-            for folder in plugin.submodule_search_locations or []:
-                for library in sorted(Path(folder).glob(pattern)):
-                    ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+        libraries = [
+            library
+            for pattern in _RTX_LIBRARIES
+            for folder in plugin.submodule_search_locations or []
+            for library in sorted(Path(folder).glob(pattern))
+        ]
+        for library in libraries:
+            ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+        bindings = importlib.import_module("tensorrt_rtx_bindings")
+        _check_same_version(str(bindings.__version__), libraries[0].name.split(".so.")[1] if libraries else "")
+        return bindings
     return importlib.import_module("tensorrt_rtx_bindings")
+
+
+def _check_same_version(bindings: str, library: str) -> None:
+    """Two packages that pip may bring apart; an engine is of the library's version, and we state that of the bindings.
+
+    Raises:
+        ImportError: they are apart.
+    """
+    if library.count(".") == 2 and bindings.split(".")[:3] != library.split("."):
+        raise ImportError(f"its bindings are of {bindings} and its libraries of {library}; upgrade both together")

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnx
@@ -21,14 +22,18 @@ from click.testing import CliRunner
 from onnx import TensorProto
 from timm.models import save_for_hf
 
-from mimco_deploy.bundle import read_bundle, write_contract
+from mimco_deploy.bundle import Precision, read_bundle, write_contract
 from mimco_deploy.cli import main
 from mimco_deploy.errors import BundleError, ConfigError, EngineError, MissingExtraError
 from mimco_deploy.export import to_tensorrt
+from mimco_deploy.export.engines import bundle_is_current
 from mimco_deploy.export.pipeline import ExportOptions, export_encoder
 from mimco_deploy.export.student import from_model
-from mimco_deploy.export.to_tensorrt import EngineOptions, check_built_types, ensure_engine, plan_engine
-from mimco_deploy.serving.engines import differences, model_hash, read_engine
+from mimco_deploy.export.to_tensorrt import EngineOptions, ensure_engine, plan_engine
+from mimco_deploy.export.triton import write_repository
+from mimco_deploy.serving import trt as trt_module
+from mimco_deploy.serving.engine_types import check_built_types
+from mimco_deploy.serving.engines import Engine, EngineSpec, differences, model_hash, read_engine
 from mimco_deploy.serving.trt import Gpu, gpu_here, has_rtx, load_trt
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -75,9 +80,8 @@ def export(*arguments: object, workspace: Path) -> Any:
 @pytest.mark.parametrize("name", MODELS)
 def test_every_family_becomes_an_engine_of_the_types_asked_for(name: str, tmp_path: Path) -> None:
     folder = bundle_of(name, tmp_path)
-    for precision, kind in (("fp32", "FLOAT"), ("fp16", "HALF"), ("bf16", "BF16")):
-        if precision not in read_bundle(folder).precisions:
-            continue
+    kinds: dict[Precision, str] = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}
+    for precision, kind in kinds.items():
         options = dataclasses.replace(AHEAD, precision=precision)
         engine, is_new = built(folder, options)
         assert is_new
@@ -203,17 +207,108 @@ def test_int8_is_no_engine() -> None:
 @RTX
 def test_the_command_builds_and_says_so(folder: Path, tmp_path: Path) -> None:
     options = ("--format", "tensorrt-rtx", "--compute-capability", "89", "--profile", "1,2,4", "--output", folder)
-    done = export(*options, "--json", "--triton", tmp_path / "repository", workspace=tmp_path / "ws")
+    done = export(*options, "--json", workspace=tmp_path / "ws")
     assert done.exit_code == 0, done.output
     document = json.loads(done.stdout)
     assert (document["built"], document["precision"], document["compute_capabilities"]) == (True, "fp16", [89])
     assert document["layers"]["SOFTMAX FLOAT"] == 2
-    model = tmp_path / "repository/mimco_encoder"
-    assert (model / "1/model.plan").read_bytes() == Path(document["engine"]).read_bytes()
+    assert "up to date" in export(*options, workspace=tmp_path / "ws").stdout
+
+
+def test_triton_gets_a_plan_and_what_it_takes(vit: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.plan").write_bytes(b"a plan")
+    model = write_repository(tmp_path / "repository", read_bundle(vit), tmp_path / "a.plan", 4)
+    assert (model / "1/model.plan").read_bytes() == b"a plan"
     config = (model / "config.pbtxt").read_text(encoding="utf-8")
     assert 'platform: "tensorrt_plan"\nmax_batch_size: 4\n' in config
     assert 'input [ { name: "image" data_type: TYPE_UINT8 dims: [ 64, 64, 3 ] } ]' in config
-    assert "up to date" in export(*options, workspace=tmp_path / "ws").stdout
+
+
+@RTX
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # timing caches do nothing there
+def test_an_engine_built_on_a_gpu_counts_only_once_it_ran(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT's own flavour, with the library for RTX and a stand-in for the GPU."""
+    trt, bundle = load_trt("tensorrt-rtx"), read_bundle(folder)
+    monkeypatch.setattr(to_tensorrt, "gpu_here", lambda: Gpu("NVIDIA L4", 89))
+    spec = plan_engine(trt, "tensorrt", bundle, EngineOptions(profile=(1, 4, 8)))
+    done: list[str] = []
+
+    class Encoder:
+        def __init__(self, _: object, engine: Engine, *__: object) -> None:
+            assert engine.plan.is_file()
+            assert not engine.plan.with_suffix(".json").exists()
+
+        def check_types(self) -> None:
+            done.append("types")
+
+        def prove(self) -> None:
+            done.append("proved")
+            if done.count("proved") == 1:
+                raise BundleError("it is not what its golden embeddings say")
+
+    monkeypatch.setattr(to_tensorrt, "TensorRTEncoder", Encoder)
+    with pytest.raises(BundleError, match="golden"):
+        ensure_engine(trt, bundle, spec)
+    assert list((folder / "engines").glob("*.json")) == []
+    engine, is_new = ensure_engine(trt, bundle, spec)
+    assert is_new
+    assert done == ["types", "proved", "types", "proved"]
+    assert read_engine(engine.plan).spec == spec
+    assert ensure_engine(trt, bundle, spec) == (engine, False)
+    assert done == ["types", "proved", "types", "proved"]
+
+
+class FakeConfig:
+    """Keeps to what the bindings say of timing caches."""
+
+    def __init__(self, fits: bool) -> None:
+        self.fits = fits
+        self.cache: Any = None
+
+    def create_timing_cache(self, content: bytes) -> bytes:
+        return content
+
+    def set_timing_cache(self, cache: bytes, *, ignore_mismatch: bool) -> bool:
+        assert not ignore_mismatch
+        taken = self.fits or not cache
+        self.cache = cache if taken else self.cache
+        return taken
+
+
+def test_timings_of_another_gpu_are_not_used(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    spec = engine_spec(gpu="NVIDIA L4")
+    path = to_tensorrt._use_timing_cache(FakeConfig(fits=True), read_bundle(folder), spec)
+    assert path.name == "timing-11.4.0-nvidia-l4.cache"
+    path.parent.mkdir()
+    path.write_bytes(b"measured")
+    for fits, cache in ((True, b"measured"), (False, b"")):
+        config = FakeConfig(fits)
+        assert to_tensorrt._use_timing_cache(config, read_bundle(folder), spec) == path
+        assert config.cache == cache
+    assert "is of another GPU or driver: measuring anew" in caplog.text
+
+
+def engine_spec(**changes: Any) -> EngineSpec:
+    fields: dict[str, Any] = {
+        **{"flavour": "tensorrt", "version": "11.4.0", "model_sha256": "a" * 64, "precision": "fp16"},
+        **{"min_batch": 1, "opt_batch": 4, "max_batch": 8, "workspace_mib": 0, "settings": "", "platform": ""},
+        **{"gpu": "", "compute_capabilities": (89,)},
+    }
+    return EngineSpec(**{**fields, **changes})
+
+
+def test_the_command_of_an_engine_builds_that_engine(tmp_path: Path) -> None:
+    folder = tmp_path / "my photos"
+    spec = engine_spec(workspace_mib=512, flavour="tensorrt-rtx", compute_capabilities=(89, 120))
+    words = shlex.split(spec.command(folder))
+    assert words[:2] == ["mimco", "export"]
+    assert words[2:] == [
+        *("--format", "tensorrt-rtx", "--precision", "fp16", "--profile", "1,4,8", "--workspace-mib", "512"),
+        *("--compute-capability", "89,120", "--output", str(folder)),
+    ]
+    with pytest.raises(EngineError) as raised:  # whose sidecar is gone: its name says as much
+        read_engine(folder / "engines" / f"{spec.name}.plan")
+    assert shlex.split(raised.value.command) == [word for word in words if word not in ("--workspace-mib", "512")]
 
 
 @RTX
@@ -246,7 +341,10 @@ def test_ctrl_c_ends_a_build_and_leaves_nothing(folder: Path) -> None:
 def test_without_tensorrt_the_briefs_line_says_what_is_missing(
     vit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    for name in ("tensorrt", "onnx", "torch", "timm"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for name in [name for name in sys.modules if name.startswith("mimco_deploy.export")]:
+        monkeypatch.delitem(sys.modules, name)
     with pytest.raises(MissingExtraError, match="tensorrt cannot be imported"):
         load_trt("tensorrt")
     done = export("--format", "tensorrt", "--output", vit, workspace=tmp_path / "ws")
@@ -283,7 +381,21 @@ def test_onnx_alone_goes_to_triton_too(vit: Path, tmp_path: Path) -> None:
     assert 'platform: "onnxruntime_onnx"' in (tmp_path / "r/mimco_encoder/config.pbtxt").read_text(encoding="utf-8")
 
 
-def test_a_gpu_is_told_by_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_is_told_by_cuda_which_counts_as_a_program_sees_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(name=b"NVIDIA A100\0\0", major=8, minor=0)
+    cuda = SimpleNamespace(cudaGetDevice=lambda: (0, 1))
+    cuda.cudaGetDeviceProperties = lambda which: (which - 1, properties)
+    monkeypatch.setattr(trt_module, "load_cuda", lambda: cuda)
+    assert gpu_here() == Gpu("NVIDIA A100", 80)
+    cuda.cudaGetDevice = lambda: (100, None)
+    assert gpu_here() is None
+
+
+def test_without_cuda_python_a_gpu_is_told_by_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    def not_installed() -> Any:
+        raise MissingExtraError("no cuda-python")
+
+    monkeypatch.setattr(trt_module, "load_cuda", not_installed)
     done = subprocess.CompletedProcess[str]([], 0, "NVIDIA GeForce RTX 4090, 8.9\nNVIDIA L4, 8.9\n", "")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
     assert gpu_here() == Gpu("NVIDIA GeForce RTX 4090", 89)
@@ -310,6 +422,30 @@ def test_types_of_a_built_engine_are_read_layer_by_layer() -> None:
         check_built_types(told(("a BF16 name", "kgen", "FP32"), ("b", "kgen", "Half")), "bf16")
 
 
+def test_a_product_goes_by_what_it_multiplies() -> None:
+    """A conversion that follows may be part of it."""
+
+    def layers(taken: str, given: str) -> str:
+        product = {
+            "Name": "qk",
+            "LayerType": "gemm",
+            "Inputs": [{"Format/Datatype": taken}, {"Format/Datatype": "Int32"}],
+            "Outputs": [{"Format/Datatype": given}],
+        }
+        other = {"Name": "norm", "LayerType": "kgen", "Outputs": [{"Format/Datatype": "Half"}]}
+        return json.dumps({"Layers": [product, other]})
+
+    check_built_types(layers("Half", "Float"), "fp16")
+    with pytest.raises(EngineError, match="qk is float"):
+        check_built_types(layers("Float", "Half"), "fp16")
+
+
+def test_a_library_of_another_version_than_its_bindings_is_not_loaded() -> None:
+    trt_module._check_same_version("1.7.1.116", "1.7.1")
+    with pytest.raises(ImportError, match=r"its bindings are of 1\.7\.1\.116 and its libraries of 1\.8\.0"):
+        trt_module._check_same_version("1.7.1.116", "1.8.0")
+
+
 @RTX
 def test_a_bundle_that_is_not_the_students_is_not_replaced_by_it(folder: Path, tmp_path: Path) -> None:
     (folder / "model.bf16.onnx").unlink()
@@ -324,6 +460,19 @@ def test_a_bundle_that_is_not_the_students_is_not_replaced_by_it(folder: Path, t
     assert read_bundle(folder).spec.weights_source == "timm"
 
 
+def test_a_default_that_was_picked_makes_no_bundle_newer_than_its_student(folder: Path, tmp_path: Path) -> None:
+    spec = dataclasses.replace(read_bundle_unchecked(folder), weights_source="mimco stage2, step 4 of 4")
+    write_contract(folder, spec)
+    student = tmp_path / "last"
+    student.mkdir()
+    (student / "config.json").write_text("{}", encoding="utf-8")
+    assert not bundle_is_current(folder, ["fp16"], student)
+    write_contract(folder, spec, {"cpu": "fp16"})
+    assert not bundle_is_current(folder, ["fp16"], student)
+    (folder / "model.onnx").touch()
+    assert bundle_is_current(folder, ["fp16"], student)
+
+
 @RTX
 @pytest.mark.parametrize(
     ("arguments", "code", "told"),
@@ -335,6 +484,9 @@ def test_a_bundle_that_is_not_the_students_is_not_replaced_by_it(folder: Path, t
             "an engine in the archive",
         ),
         (("--format", "tensorrt-rtx", "--workspace-mib", "99999999999999"), 1, "a workspace of"),
+        (("--format", "tensorrt-rtx", "--profile", "1,1,999999999999999999999999"), 1, "a largest batch of"),
+        (("--format", "tensorrt-rtx", "--compute-capability", "89", "--triton", "t"), 2, "--triton serves plans of"),
+        (("--format", "tensorrt", "--profile", "2,4,8", "--triton", "t"), 2, "whose least batch is 1"),
         (("--format", "tensorrt-rtx", "--compute-capability", "²"), 2, "numbers with commas"),
         (("--format", "tensorrt-rtx", "--emit-trtexec"), 2, "goes with --format tensorrt"),
         (("--format", "onnx", "--compute-capability", "89"), 2, "Options of engines"),

@@ -71,9 +71,9 @@ def load_encoder(
         try:
             engine = open_engine(bundle, precision)
         except (EngineError, MissingExtraError) as error:
-            if not has_tensorrt_provider():
-                fall_back(error.found, device, strict=strict, command=error.command or "mimco doctor")
-                device = "auto"
+            offered = has_tensorrt_provider()  # builds engines of its own, and needs none of ours
+            fall_back(error.found, device, strict=strict and not offered, command=error.command or "mimco doctor")
+            device = device if offered else "auto"
         else:
             engine.prove()
             return engine

@@ -198,8 +198,11 @@ def _start(ort: Any, bundle: Bundle, precision: Precision, providers: list[Any])
 
 
 def has_tensorrt_provider() -> bool:
-    """Whether ONNX Runtime offers TensorRT, which does not yet say that it starts."""
-    return _PROVIDERS["tensorrt"][0] in import_runtime().get_available_providers()
+    """Whether ONNX Runtime is here and offers TensorRT, which does not yet say that it starts."""
+    try:
+        return _PROVIDERS["tensorrt"][0] in import_runtime().get_available_providers()
+    except MissingExtraError:
+        return False
 
 
 def import_runtime() -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,9 +16,6 @@ from mimco_deploy.serving.agreement import compare
 if TYPE_CHECKING:
     from mimco_deploy.serving.encoders import Encoder
 
-_PROOF_PICTURES = 1
-"""Each costs a command as long as its own picture does; all of them were compared when the bundle was made."""
-
 
 def check_images(images: npt.NDArray[np.uint8], spec: EncoderSpec) -> None:
     """Raise ValueError for anything but uint8 [B, H, W, 3], H = W = `spec.image_size_px`, B at least 1."""
@@ -28,31 +26,36 @@ def check_images(images: npt.NDArray[np.uint8], spec: EncoderSpec) -> None:
         )
 
 
-def prove(encoder: Encoder, golden: Golden, artefact: Path, command: str) -> None:
-    """Embed the first golden pictures and compare: this artefact, on this machine and runtime, is the encoder.
+def prove(encoder: Encoder, golden: Golden, artefact: Path, command: str, batch_sizes: Sequence[int] = (1,)) -> None:
+    """Embed golden pictures and compare: this artefact, on this machine and runtime, is the encoder.
 
     Args:
         encoder: to prove.
         golden: of the bundle.
         artefact: what the encoder runs, for the error.
         command: what makes it anew.
+        batch_sizes: to try, each at least 1; the pictures come again where they are fewer. By default the first alone:
+            each costs a command as long as its own picture does, and all were compared when the bundle was made.
 
     Raises:
         BundleError: it does not run, or is farther from the golden embeddings than its precision allows.
     """
-    try:
-        embeddings = encoder.embed(golden.images[:_PROOF_PICTURES])
-    except Exception as error:  # runtimes' own classes share no base
-        raise BundleError(
-            f"{artefact} does not run ({first_line(error)})", expected="an encoder", command=command
-        ) from error
-    found = compare(embeddings, golden.embeddings[:_PROOF_PICTURES])
-    if breaches := found.breaches(TOLERANCES[encoder.precision]):
-        raise BundleError(
-            f"{artefact} is not what its golden embeddings say, on {encoder.provider}: {', '.join(breaches)}",
-            expected="the encoder that was exported",
-            command=command,
-        )
+    count = len(golden.images)
+    for size in batch_sizes:
+        try:
+            embeddings = encoder.embed(golden.images[np.arange(size) % count])
+        except Exception as error:  # runtimes' own classes share no base
+            raise BundleError(
+                f"{artefact} does not run ({first_line(error)})", expected="an encoder", command=command
+            ) from error
+        for start in range(0, size, count):
+            part = embeddings[start : start + count]
+            if breaches := compare(part, golden.embeddings[: len(part)]).breaches(TOLERANCES[encoder.precision]):
+                raise BundleError(
+                    f"{artefact} is not what its golden embeddings say, on {encoder.provider}: {', '.join(breaches)}",
+                    expected="the encoder that was exported",
+                    command=command,
+                )
 
 
 def first_line(error: Exception) -> str:

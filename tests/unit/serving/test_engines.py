@@ -11,8 +11,14 @@ import pytest
 
 from mimco_deploy.bundle import Bundle, read_bundle
 from mimco_deploy.errors import EngineError
-from mimco_deploy.serving.engines import EngineSpec, differences, engine_for, model_hash, read_engine, write_engine
-from tests.helpers import tiny_bundle
+from mimco_deploy.serving.engines import (
+    EngineSpec,
+    differences,
+    engine_for,
+    model_hash,
+    read_engine,
+)
+from tests.helpers import tiny_bundle, write_engine
 
 PLAN = bytes(range(256)) * 40
 SPEC = EngineSpec(
@@ -24,6 +30,8 @@ SPEC = EngineSpec(
     opt_batch=32,
     max_batch=256,
     workspace_mib=0,
+    settings="no-tf32",
+    platform="linux x86_64",
     gpu="NVIDIA L4",
     compute_capabilities=(89,),
 )
@@ -50,6 +58,8 @@ def test_what_was_written_is_read_and_the_plan_is_plain(bundle: Bundle) -> None:
         ({"gpu": "NVIDIA H100"}, "gpu NVIDIA L4, not NVIDIA H100"),
         ({"gpu": ""}, "gpu NVIDIA L4, not none"),
         ({"workspace_mib": 512}, "workspace_mib 0, not 512"),
+        ({"settings": "tf32"}, "settings no-tf32, not tf32"),
+        ({"platform": "win32 AMD64"}, "platform linux x86_64, not win32 AMD64"),
     ],
 )
 def test_a_field_that_differs_is_named_with_the_command(bundle: Bundle, change: dict[str, Any], told: str) -> None:
