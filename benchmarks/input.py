@@ -154,7 +154,8 @@ def measure(source: Path, size: int, stage: int, arguments: argparse.Namespace) 
     start = time.perf_counter()
     corpus = load_corpus(DataConfig(sources=(str(source),), memory_mib=arguments.memory_mib))
     loading_s = time.perf_counter() - start
-    rounds, count = arguments.rounds, arguments.batches
+    # Workers deliver in turns: of fewer batches than several turns only the burst would be seen.
+    rounds, count = arguments.rounds, max(arguments.batches, 4 * workers)
     needed = (count + PREFETCHED * max(1, workers)) * batch
     epochs = 1 + needed // (len(corpus) // batch * batch)
     rates: dict[str, list[float]] = {"ours": [], "plain": []}

@@ -65,9 +65,10 @@ class FineTuned(nn.Module):
         self._pooling, self._classes, self._smoothing = method.pooling, classes, method.smoothing
         mean = method.pooling == "mean"
         width = encoder.width if mean else encoder.own_width
-        unused = getattr(encoder.body, "fc_norm", None)
-        if mean and isinstance(unused, nn.Module):
-            unused.requires_grad_(False)  # of the model's own vector, which nothing looks at
+        for name in ("fc_norm", "attn_pool", "head") if mean else ():
+            unused = getattr(encoder.body, name, None)
+            if isinstance(unused, nn.Module):
+                unused.requires_grad_(False)  # of the model's own vector, which nothing looks at
         self.norm = nn.LayerNorm(width, eps=1e-6) if mean else nn.Identity()
         self.head = _head(width, classes, method.head_std)
         self._erase = config.views.erase

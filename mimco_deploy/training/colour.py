@@ -125,7 +125,7 @@ def _turn_hue(x: Tensor, share: Tensor | float) -> Tensor:
     is_red, is_green = value == red, value == green
     apart = torch.where(is_red, green - blue, torch.where(is_green, blue - red, red - green))
     sixths = apart / chroma.clamp(min=1e-6) + torch.where(is_red, 0.0, torch.where(is_green, 2.0, 4.0)) + 6.0 * share
-    at = sixths + torch.tensor([5.0, 3.0, 1.0], device=x.device).view(3, 1, 1)  # red, green, blue
+    at = torch.cat([sixths + 5.0, sixths + 3.0, sixths + 1.0], dim=-3)  # red, green, blue
     at = at - 6.0 * torch.floor(at / 6.0)
     return value - chroma * torch.minimum(at, 4.0 - at).clamp(0.0, 1.0)
 

@@ -157,7 +157,7 @@ class _Records:
         self._log.write(step - 1, {**row, **rates})
         self._on_step(StepReport(step, total, row, meter.images_per_s, meter.share))
         if time.monotonic() - self._reported > REPORT_EVERY_S:
-            self._watch.update(step, total, look=False)
+            self._watch.update(step, total, look=not self._watch.has_looked)
             self._reported = time.monotonic()
 
     def save(self, step: int) -> None:

@@ -1,17 +1,22 @@
 """What a run will take, before it runs: memory, speed, hours, disk; and the micro-batch that fits.
 
-Two small steps are measured with random weights and noise in place of pictures; nothing is trained or written. On a GPU
-memory is the allocator's peak. On a CPU it is what a step keeps for its backward pass; steps of ViT-S with 32 images
-were seen to take 1.2 to 1.8 times that, so half of the free memory is left alone. Data loading is not measured.
+Two small steps are measured with random weights and noise in place of pictures; nothing is trained or written. One
+comes before them, for what is made once and stays: the optimiser's state, and on a GPU the libraries' own buffers. On
+a GPU memory is the allocator's peak; by a simulation over ViT and Swin it comes out up to a tenth too high. On a CPU it
+is what a step keeps for its backward pass; steps of ViT-S with 32 images were seen to take 1.2 to 1.8 times that, so
+half of the free memory is left alone. Data loading is not measured.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import os
+import re
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -36,11 +41,12 @@ ConfigT = TypeVar("ConfigT", Stage1Config, Stage2Config, FinetuneConfig, LinearC
 
 logger = logging.getLogger(__name__)
 
-PROBES = {"cpu": (2, 6), "cuda": (8, 24)}
-"""Images in the two steps that are measured."""
-MAY_FILL = {"cpu": 0.5, "cuda": 0.9}
+PROBES = {"cpu": ((2, 6),), "cuda": ((8, 32), (2, 8))}
+"""Images in the two steps that are measured; fewer where those do not fit."""
+MAY_FILL = {"cpu": 0.5, "cuda": 0.85}
 """Share of the free memory that a step may fill by this reckoning. Our choice."""
 MIB = 2**20
+_GROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,10 +117,16 @@ def fit_to_memory(config: ConfigT) -> ConfigT:
     Raises:
         MimcoError: as `plan_run`; or not even two images fit.
     """
-    plan = plan_run(config)
-    if plan.largest_micro_batch < plan.micro_batch * plan.accumulate and not config.run.grad_checkpointing:
-        config = dataclasses.replace(config, run=dataclasses.replace(config.run, grad_checkpointing=True))
+    again = dataclasses.replace(config, run=dataclasses.replace(config.run, grad_checkpointing=True))
+    try:
         plan = plan_run(config)
+        fits = config.run.grad_checkpointing or plan.largest_micro_batch >= plan.micro_batch * plan.accumulate
+    except DoesNotFitError:
+        if config.run.grad_checkpointing:
+            raise
+        fits = False
+    if not fits:
+        config, plan = again, plan_run(again)
     batch = config.run.global_batch_size
     accumulate = fit_accumulation(plan, batch, at_once=2 if mixes(config) else 1)
     if accumulate > 1 and isinstance(config, Stage1Config | Stage2Config):
@@ -125,8 +137,13 @@ def fit_to_memory(config: ConfigT) -> ConfigT:
     return dataclasses.replace(config, run=dataclasses.replace(config.run, accumulate=accumulate))
 
 
+class DoesNotFitError(ConfigError):
+    """Not even the smallest step that is measured fits."""
+
+
 @dataclass(frozen=True)
 class _Probe:
+    images: int
     most: int
     """Most bytes of tensors alive, beside weights and the optimiser's state."""
     seconds: float
@@ -142,7 +159,7 @@ def make_plan(config: Config, method: nn.Module, make_views: MakeViews, pictures
         pictures: in the corpus.
 
     Raises:
-        ConfigError: there are fewer pictures than a batch.
+        ConfigError: there are fewer pictures than a batch; `DoesNotFitError`: see there.
     """
     run = config.run
     if pictures < run.global_batch_size:
@@ -155,19 +172,18 @@ def make_plan(config: Config, method: nn.Module, make_views: MakeViews, pictures
         stepper = LabelledStepper(method, once, steps_per_epoch=10**6)
     else:
         stepper = Stepper(method, once, steps_per_epoch=10**6)
-    few, more = PROBES[stepper.device.type]
-    small, large = (_probe(stepper, _noise(make_views, count)) for count in (few, more))
-    image = max(1.0, (large.most - small.most) / (more - few))
+    small, large = _measure(stepper, make_views)
+    image = max(1.0, (large.most - small.most) / (large.images - small.images))
     trained = [parameter for parameter in method.parameters() if parameter.requires_grad]
     weights = sum(value.numel() * value.element_size() for value in method.state_dict().values())
     moments = 2 * sum(parameter.numel() * parameter.element_size() for parameter in trained)
-    fixed = weights + moments + max(0.0, small.most - few * image)
+    fixed = weights + moments + max(0.0, small.most - small.images * image)
     micro = run.global_batch_size // (run.accumulate * world_size())
     available = free_memory(stepper.device)
     encoder = method.encoder
     assert isinstance(encoder, nn.Module)
     exported = sum(value.numel() * value.element_size() for value in encoder.state_dict().values())
-    rate = more * world_size() / large.seconds
+    rate = large.images * world_size() / large.seconds
     return Plan(
         encoder_parameters=sum(parameter.numel() for parameter in encoder.parameters()),
         trained_parameters=sum(parameter.numel() for parameter in trained),
@@ -209,10 +225,45 @@ def fit_accumulation(plan: Plan, global_batch_size: int, at_once: int = 1) -> in
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that a process may still take on a device."""
+    """Bytes that a run in this process may take on a device; what the process holds by now is given back before."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return int(torch.cuda.mem_get_info(device)[0]) + torch.cuda.memory_reserved(device)
+    return int(min(_free_of_machine(), _free_of_group()))
+
+
+def _free_of_machine() -> int:
+    try:
+        told = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"))
+    except OSError:
+        told = None
+    if told is not None:
+        return int(told[1]) << 10
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # other systems do not tell what is free
+
+
+def _free_of_group() -> float:
+    """What the container's limit leaves; infinity without one."""
+    try:
+        most, now = (int((_GROUP / name).read_text(encoding="ascii")) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):  # no such file, or `max`
+        return math.inf
+    return max(0, most - now)
+
+
+def _measure(stepper: Stepper | LabelledStepper, make_views: MakeViews) -> tuple[_Probe, _Probe]:
+    """Two steps of different size, after one for what is made once."""
+    for few, more in PROBES[stepper.device.type]:
+        try:
+            views = _noise(make_views, few)
+            stepper.take(0, lambda views=views: views)  # type: ignore[misc]  # bound now
+            return _probe(stepper, views), _probe(stepper, _noise(make_views, more))
+        except torch.OutOfMemoryError:
+            stepper.optimizer.zero_grad()
+            torch.cuda.empty_cache()
+    raise DoesNotFitError(
+        f"not even a step of {more} images fits into the {free_memory(stepper.device) / MIB:.0f} MiB that are free",
+        expected="more memory, --set run.grad_checkpointing=true or a smaller backbone",
+    )
 
 
 def _noise(make_views: MakeViews, count: int) -> Views:
@@ -228,7 +279,7 @@ def _probe(stepper: Stepper | LabelledStepper, views: Views) -> _Probe:
     start = time.perf_counter()
     stepper.take(1, lambda: views)
     _wait(stepper.device)
-    return _Probe(most, time.perf_counter() - start)
+    return _Probe(len(views[0]), most, time.perf_counter() - start)
 
 
 def _most_on_gpu(stepper: Stepper | LabelledStepper, views: Views) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from mimco_deploy.training.corpus import Corpus
 
 PICTURES = 256
 """Pictures looked at, evenly spread over the corpus."""
+CLASSES = 32
+"""Of more classes than this, so many evenly spread ones alone: k-NN needs several pictures of each."""
 SHOWN = 6
 """Of them, whose neighbours are shown."""
 NEIGHBOURS = 8
@@ -54,8 +57,7 @@ class Probe:
     """
 
     def __init__(self, corpus: Corpus, image_size_px: int) -> None:
-        count = min(PICTURES, len(corpus))
-        self.numbers = [round(index) for index in np.linspace(0, len(corpus) - 1, count)]
+        self.numbers = choose([picture.label for picture in corpus.pictures])
         self.pictures = [Image.fromarray(corpus.pixels(number)[0]) for number in self.numbers]
         self.names = [corpus.pictures[number].name for number in self.numbers]
         pixels = np.stack([preprocess(picture, image_size_px, CROP_SHARE) for picture in self.pictures])
@@ -75,7 +77,8 @@ class Probe:
         device = next(encoder.parameters()).device
         to_input = ToInput(encoder.config).to(device)
         batches = torch.split(self._pixels, _BATCH)
-        parts = [encoder(to_input(batch.to(device))).pooled(pooling).float().cpu() for batch in batches]
+        with torch.compiler.set_stance("force_eager"):  # no graph for batches that come once in a while
+            parts = [encoder(to_input(batch.to(device))).pooled(pooling).float().cpu() for batch in batches]
         encoder.train(training)
         embeddings = F.normalize(torch.cat(parts), dim=1)  # [N, D]
         if not embeddings.isfinite().all():
@@ -96,6 +99,30 @@ class Probe:
     def shown(self) -> list[int]:
         """Which of the pictures are shown with their neighbours."""
         return list(range(0, len(self.pictures), max(1, len(self.pictures) // SHOWN)))[:SHOWN]
+
+
+def choose(labels: Sequence[str | None]) -> list[int]:
+    """Which pictures of a corpus to look at.
+
+    Args:
+        labels: the folder of each picture; None where one lies in none.
+
+    Returns:
+        Rising indices, `PICTURES` at most.
+    """
+    classes = sorted({label for label in labels if label is not None})
+    if None in labels or len(classes) <= CLASSES:
+        return _evenly(range(len(labels)), PICTURES)
+    members: dict[str | None, list[int]] = {classes[place]: [] for place in _evenly(range(len(classes)), CLASSES)}
+    for index, label in enumerate(labels):
+        if label in members:
+            members[label].append(index)
+    return sorted(index for found in members.values() for index in _evenly(found, PICTURES // CLASSES))
+
+
+def _evenly(items: Sequence[int], most: int) -> list[int]:
+    """So many of them at most, evenly spread."""
+    return [items[round(place)] for place in np.linspace(0, len(items) - 1, min(most, len(items)))]
 
 
 def effective_rank(embeddings: Tensor) -> float:

@@ -6,6 +6,9 @@ Nothing here waits for the device: losses stay tensors, and learning rates are s
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
+import shutil
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -22,6 +25,8 @@ from mimco_deploy.training.data import Views, seed_for
 from mimco_deploy.training.distributed import rank, synchronise_batch_norm, world_size
 from mimco_deploy.training.optim import build_optimizer, clip_gradients
 from mimco_deploy.training.schedules import lr_schedule
+
+logger = logging.getLogger(__name__)
 
 WIDE = 192
 """Width of a backbone from which bf16 gains time on a CPU: casts cost more than they gain below (docs/decisions.md)."""
@@ -141,7 +146,12 @@ def uses_bf16(run: RunConfig, width: int, device: torch.device) -> bool:
 
 def compiles(run: RunConfig, device: torch.device) -> bool:
     """Whether backbones are compiled: where asked, and by default on GPUs, where the minutes it takes come back."""
-    return run.compile == "on" or (run.compile == "auto" and device.type == "cuda")
+    if run.compile != "auto" or device.type != "cuda":
+        return run.compile == "on"
+    if any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+        return True
+    logger.warning("no C compiler, which compiled steps need: they run as they are, and take longer")
+    return False
 
 
 def parallel(method: nn.Module, device: torch.device) -> nn.Module:

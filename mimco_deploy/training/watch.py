@@ -48,18 +48,30 @@ class Watch:
         self._sights = read_sights(folder, step) if step else []
         self._masked = self._draw_masks()
 
+    @property
+    def has_looked(self) -> bool:
+        """Whether there is anything to compare with."""
+        return bool(self._sights)
+
+    def _look(self, step: int) -> None:
+        """Embed the probe's pictures."""
+        if self._probe is None:
+            return
+        seen = self._probe.look(step, self._encoder, self._pooling)
+        earlier = [sight for sight in self._sights if sight.step < step]
+        self._sights = earlier if seen is None else [*earlier, seen]
+        write_sights(self._folder, self._sights)
+
     def update(self, step: int, total_steps: int, *, look: bool) -> None:
         """Write the report; with `look` embed the probe's pictures first."""
-        if look and self._probe is not None:
-            seen = self._probe.look(step, self._encoder, self._pooling)
-            earlier = [sight for sight in self._sights if sight.step < step]
-            self._sights = earlier if seen is None else [*earlier, seen]
-            write_sights(self._folder, self._sights)
+        if look:
+            self._look(step)
         self._write(f"step {step:,} of {total_steps:,}")
 
     def alarm(self, error: TrainingError) -> TrainingError:
         """Keep the batch of the step that went wrong, say so in the report, and give the error with where it is."""
         path = self._keep_batch(error.step)
+        self._look(error.step)
         self._write(f"ended at step {error.step:,}", alarm=f"{error}. Its batch is in {path.name}.")
         return TrainingError(f"{error.found} (its batch is in {path})", expected=error.expected, step=error.step)
 

@@ -19,6 +19,7 @@ from mimco_deploy.training.corpus import load_corpus
 from mimco_deploy.training.loop import train
 from mimco_deploy.training.masking import mask_shape
 from mimco_deploy.training.monitor import COLLAPSED, RunLog, check_alive, spread
+from mimco_deploy.training.probe import read_sights
 from mimco_deploy.training.stages import train_stage1
 from tests.unit.training.small import MASK, Stub, draw_photos, rows_of, stage1_config
 
@@ -96,6 +97,12 @@ def test_a_run_that_goes_wrong_names_the_step_and_keeps_the_last_good_checkpoint
         run(Faulty(2, fault), photos, tmp_path / "run", log_every_steps=log_every, checkpoint_every_steps=2)
     assert_healthy(tmp_path / "run", 2)
     assert all(row["step"] <= 2 and all(map(math.isfinite, row.values())) for row in rows_of(tmp_path / "run"))
+
+
+def test_a_run_that_collapses_before_its_first_checkpoint_shows_what_it_became(tmp_path: Path, photos: Path) -> None:
+    with pytest.raises(TrainingError, match="step 2: features collapsed"):
+        run(Faulty(2, collapsed), photos, tmp_path, log_every_steps=1, checkpoint_every_steps=100)
+    assert [sight.step for sight in read_sights(tmp_path, 100)] == [1, 2]
 
 
 @pytest.mark.parametrize("step", [1, 5])

@@ -17,9 +17,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from click.testing import CliRunner, Result
 from PIL import Image
+from timm.models import save_for_hf
 
 import mimco_deploy
 from mimco_deploy.cli import main
@@ -44,6 +46,7 @@ from mimco_deploy.training.finetune_config import (
 )
 from mimco_deploy.training.labelled import LabelledViews, Validation, accuracy, load_labelled
 from mimco_deploy.training.presets import swin_tiny, vit_small, vit_tiny_debug
+from mimco_deploy.training.published import load_teacher
 from mimco_deploy.training.settings import apply_settings, leaves
 from mimco_deploy.training.supervised import make_views, train_with_labels
 from mimco_deploy.training.supervised_checkpoint import Progress, read_run
@@ -473,6 +476,27 @@ def test_another_architecture_than_the_encoders_is_refused(tmp_path: Path, here:
     config = dataclasses.replace(finetune_config(here), backbone=dataclasses.replace(BACKBONE, depth=(3,)))
     with pytest.raises(ConfigError, match=r"settings of backbone that are not the encoder's; .* drop_path alone"):
         train_with_labels(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("convnext_atto", {}),
+        ("vit_tiny_patch16_224", {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 3, "global_pool": "map"}),
+    ],
+)
+def test_everything_that_is_trained_gets_a_gradient(tmp_path: Path, name: str, shape: dict[str, Any]) -> None:
+    """Several processes wait for the gradient of each parameter; a model's own pooling has none by the mean."""
+    model = timm.create_model(name, num_classes=0, **shape)
+    cfg = {"input_size": (3, 32, 32)}
+    save_for_hf(model, str(tmp_path), model_config={"pretrained_cfg": cfg}, model_args=shape)
+    encoder, _ = load_teacher(str(tmp_path))
+    config = finetune_preset(encoder.config)
+    config = dataclasses.replace(config, method=dataclasses.replace(config.method, pooling="mean"))
+    method = FineTuned(encoder, config, 3)
+    method(torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])).backward()
+    without = [name for name, value in method.named_parameters() if value.requires_grad and value.grad is None]
+    assert without == []
 
 
 @pytest.mark.parametrize(

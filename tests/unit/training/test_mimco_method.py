@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mimco_deploy.errors import ConfigError
@@ -16,7 +17,7 @@ from mimco_deploy.training.config import BackboneConfig, MaskConfig, OptimConfig
 from mimco_deploy.training.masking import draw_mask, mask_shape
 from mimco_deploy.training.method_config import Dictionary, ImageLossConfig, MimCoConfig, PatchLossConfig, Pooling
 from mimco_deploy.training.methods import mimco
-from mimco_deploy.training.methods.mimco import MimCo, image_loss, patch_logits
+from mimco_deploy.training.methods.mimco import MimCo, image_loss, patch_logits, share_won
 from mimco_deploy.training.optim import build_optimizer
 from tests.unit.training.small import BACKBONE, MASK
 
@@ -140,6 +141,15 @@ def test_a_student_that_is_its_teacher_retrieves_every_patch() -> None:
     assert (logits.argmax(dim=2) == 0).all()
     assert (logits[..., 0] > logits[..., 1:].amax(dim=2)).all()
     torch.testing.assert_close(logits[..., 0], torch.ones(6, 16))
+
+
+def test_a_tie_is_not_won() -> None:
+    """As in bfloat16 where all tokens of an image are alike: column 0 came first, and all seemed to be won."""
+    logits = torch.tensor([[[0.5, 0.5, 0.5], [0.6, 0.5, 0.5], [0.4, 0.5, 0.3], [0.7, 0.1, 0.2]]])
+    assert share_won(logits).item() == 0.5
+    alike = F.normalize(torch.randn(1, 40, 64) * 0.02 + 1.0, dim=2).bfloat16()
+    scores = patch_logits(torch.ones(1, 40, 64).bfloat16(), alike, torch.arange(40)[None], intra=True)
+    assert share_won(scores).item() < 0.2
 
 
 def test_a_student_that_is_its_teacher_and_sees_everything_scores_full_accuracy() -> None:

@@ -11,7 +11,7 @@ import torch
 
 from mimco_deploy.errors import ConfigError, DataError
 from mimco_deploy.training import plan as planning
-from mimco_deploy.training.plan import MIB, Plan, fit_accumulation, fit_to_memory, plan_run
+from mimco_deploy.training.plan import MIB, DoesNotFitError, Plan, fit_accumulation, fit_to_memory, plan_run
 from tests.unit.training.small import BACKBONE, draw_photos, every_method, stage1_config
 
 
@@ -69,6 +69,54 @@ def test_a_batch_is_divided_as_little_as_memory_asks(largest: int, accumulate: i
 def test_memory_for_not_even_two_images_is_refused(largest: int) -> None:
     with pytest.raises(ConfigError, match="MiB of memory are free; two images need"):
         fit_accumulation(some_plan(largest_micro_batch=largest), 64)
+
+
+def test_what_is_made_once_is_no_share_of_an_image(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The optimiser's state is made in the first step of all; measured with the first probe it hid the images'."""
+    born: list[int] = []
+
+    def peak(stepper: Any, views: Any) -> int:
+        before = len(stepper.optimizer.state)
+        stepper.take(0, lambda: views)
+        born.append(len(stepper.optimizer.state) - before)
+        return len(views[0]) * 1000
+
+    monkeypatch.setattr(planning, "_kept_on_cpu", peak)
+    assert plan_run(stage1_config(photos)).image_mib == 1000 / MIB
+    assert born == [0, 0]
+
+
+def test_where_a_step_does_not_fit_smaller_ones_are_measured(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "PROBES", {"cpu": ((4, 12), (2, 6))})
+    config, tried = stage1_config(photos), []
+
+    def peak(_: Any, views: Any) -> int:
+        tried.append(len(views[0]))
+        if len(views[0]) > most or not may:
+            raise torch.OutOfMemoryError
+        return len(views[0]) * 1000
+
+    monkeypatch.setattr(planning, "_kept_on_cpu", peak)
+    most, may = 6, True
+    assert plan_run(config).image_mib == 1000 / MIB
+    assert tried == [4, 12, 2, 6]
+    may = False
+    with pytest.raises(DoesNotFitError, match=r"not even a step of 6 images fits into the .* MiB that are free"):
+        plan_run(config)
+    with pytest.raises(DoesNotFitError):
+        fit_to_memory(config)  # computing again was tried as well
+    assert tried[4:] == [4, 2] * 3
+
+
+def test_free_memory_is_what_the_machine_and_its_group_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "_GROUP", tmp_path)
+    free = planning.free_memory(torch.device("cpu"))
+    assert free > 100 * MIB
+    (tmp_path / "memory.max").write_text("max\n", encoding="ascii")
+    (tmp_path / "memory.current").write_text("1000\n", encoding="ascii")
+    assert planning.free_memory(torch.device("cpu")) == pytest.approx(free, rel=0.3)
+    (tmp_path / "memory.max").write_text(f"{50 * MIB}\n", encoding="ascii")
+    assert planning.free_memory(torch.device("cpu")) == 50 * MIB - 1000
 
 
 def test_a_run_is_fitted_first_by_computing_again_and_then_by_dividing(

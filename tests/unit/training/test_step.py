@@ -41,8 +41,20 @@ def test_bf16_is_taken_where_it_is_faster(
 @pytest.mark.parametrize(
     ("asked", "device", "expected"), [("auto", CPU, False), ("auto", GPU, True), ("on", CPU, True), ("off", GPU, False)]
 )
-def test_backbones_are_compiled_on_gpus_or_where_asked(asked: Any, device: torch.device, expected: bool) -> None:
+def test_backbones_are_compiled_on_gpus_or_where_asked(
+    asked: Any, device: torch.device, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     assert compiles(run_config(compile=asked), device) == expected
+
+
+def test_without_a_compiler_nothing_is_compiled_unless_asked(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    assert not compiles(run_config(compile="auto"), GPU)
+    assert "no C compiler" in caplog.text
+    assert compiles(run_config(compile="on"), GPU)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for a CPU by g++")

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import re
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -22,7 +23,16 @@ from mimco_deploy.training.corpus import load_corpus
 from mimco_deploy.training.data import StepSampler, load_batches
 from mimco_deploy.training.loop import train
 from mimco_deploy.training.losses import retrieval
-from mimco_deploy.training.probe import Probe, effective_rank, leave_one_out, make_probe, read_sights
+from mimco_deploy.training.probe import (
+    CLASSES,
+    PICTURES,
+    Probe,
+    choose,
+    effective_rank,
+    leave_one_out,
+    make_probe,
+    read_sights,
+)
 from mimco_deploy.training.report import write_report
 from tests.unit.training.small import (
     BACKBONE,
@@ -107,6 +117,22 @@ def test_retrieval_tells_similarity_and_whether_the_own_key_is_nearest() -> None
 # -------------------------------------------------------------------------------------------------------------- probe
 
 
+@pytest.mark.parametrize("classes", [1, 20, 32, 33, 200, 1000])
+def test_k_nn_has_several_pictures_of_each_class_however_many_there_are(classes: int) -> None:
+    labels = [f"n{number % classes:04}" for number in range(4000)]
+    numbers = choose(labels)
+    assert numbers == sorted(set(numbers))
+    assert 128 <= len(numbers) <= PICTURES
+    seen = Counter(labels[number] for number in numbers)
+    assert len(seen) == min(classes, CLASSES)
+    assert min(seen.values()) >= min(4, 4000 // classes)
+
+
+def test_pictures_without_labels_are_evenly_spread() -> None:
+    assert choose([None, *["a"] * 255, "b"])[0::255] == [0, 256]
+    assert choose([None] * 3) == [0, 1, 2]
+
+
 def test_a_probe_looks_without_a_trace(photos: Path) -> None:
     method = Stub(dataclasses.replace(BACKBONE, drop_path=0.5)).train()
     before = {name: value.clone() for name, value in method.state_dict().items()}
@@ -164,10 +190,10 @@ def test_the_report_goes_on_after_a_resume(tmp_path: Path, photos: Path) -> None
     config = stage1_config(photos, checkpoint_every_steps=2)
     with pytest.raises(TrainingInterrupted):
         train_any(config, tmp_path, on_step=stop_at(4))
-    assert [sight.step for sight in read_sights(tmp_path, 99)] == [2, 4]
+    assert [sight.step for sight in read_sights(tmp_path, 99)] == [1, 2, 4]
     train_any(config, tmp_path, resume=read_checkpoint(tmp_path / "last"))
-    assert [sight.step for sight in read_sights(tmp_path, 99)] == [2, 4, 6]
-    assert [sight.step for sight in read_sights(tmp_path, 4)] == [2, 4]
+    assert [sight.step for sight in read_sights(tmp_path, 99)] == [1, 2, 4, 6]
+    assert [sight.step for sight in read_sights(tmp_path, 4)] == [1, 2, 4]
 
 
 def test_names_are_text_whatever_is_in_them_and_broken_lines_are_passed_over(tmp_path: Path) -> None:
