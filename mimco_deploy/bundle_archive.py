@@ -119,7 +119,9 @@ def _write(members: Iterator[tuple[str, IO[bytes]]], folder: Path) -> None:
     left = _MAX_BYTES
     for count, (name, file) in enumerate(members, start=1):
         parts = PurePosixPath(name).parts
-        if not 1 <= len(parts) <= _DEPTH or ".." in parts or parts[0] == "/" or "\\" in name or count > _MAX_FILES:
+        # Not by the first part alone: two slashes at the start are a root of their own.
+        outside = name.startswith("/") or ".." in parts or "\\" in name
+        if outside or not 1 <= len(parts) <= _DEPTH or count > _MAX_FILES:
             raise ValueError(f"{name!r} has no place in a bundle")
         target = folder.joinpath(*parts)
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -127,8 +127,7 @@ def export(
         print_json({"bundle": folder, "format": target, **exported.document()})
     else:
         _print_exported(folder, exported)
-    if exported.refused:
-        raise exported.refused[0]
+    exported.check()
 
 
 def _print_exported(folder: Path, exported: Exported) -> None:
@@ -195,8 +194,7 @@ def _export_engines(
     given = any(source.values())
     if given or not bundle_is_current(folder, precisions, workspace.stage2 / "last"):
         exported = _export_onnx(workspace, folder, precisions, **source)
-        if exported.refused:
-            raise exported.refused[0]
+        exported.check()
         if not as_json and trt is not None:
             _print_exported(folder, exported)
     if trt is None:

@@ -13,7 +13,8 @@ from mimco_deploy.training.backbone import UNSTATED
 
 logger = logging.getLogger(__name__)
 
-_NON_COMMERCIAL = re.compile(r"\bNC\b|non-?commercial|research[- ]only", re.IGNORECASE)
+# Among timm's: Apple's and SEER's are for research alone.
+_NON_COMMERCIAL = re.compile(r"\bNC\b|non-?commercial|research[- ]only|\bamlr\b|\bseer-license\b", re.IGNORECASE)
 
 
 def bundle_licence(source: Source, stated: str | None) -> str:
@@ -42,7 +43,7 @@ def model_card(spec: EncoderSpec, source: Source, artefacts: Sequence[ArtefactPa
         "Teacher": spec.teacher_source,
         "Licence of the teacher's weights": source.backbone.licence if spec.teacher_source != "none" else "no teacher",
         "Licence": spec.licence,
-        **(source.recipe or {"Data and recipe": "not known to mimco: the weights were trained elsewhere"}),
+        **(source.recipe or {"Data and recipe": "not known to mimco"}),
     }
     proofs = [
         f"| `{MODEL_FILES[proof.precision]}` | {proof.max_abs:.1e} | {proof.min_cosine:.6f} | "

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -47,7 +48,9 @@ from mimco_deploy.export.parity import (
 from mimco_deploy.export.quantize import quantize
 from mimco_deploy.export.student import EncoderModule, Source, fingerprint, try_out
 from mimco_deploy.export.to_onnx import OPSET, convert
+from mimco_deploy.serving.agreement import MIN_PICTURES
 from mimco_deploy.serving.encoders.onnx import OnnxEncoder
+from mimco_deploy.serving.encoders.proof import first_line
 from mimco_deploy.serving.engines import ENGINES
 from mimco_deploy.serving.sample import draw_pictures, sample_folder
 
@@ -95,6 +98,16 @@ class Exported:
             "artefacts": artefacts,
             "refused": [str(error) for error in self.refused],
         }
+
+    def check(self) -> None:
+        """Nothing where all passed.
+
+        Raises:
+            ParityError: precisions were refused; tells each.
+        """
+        if self.refused:
+            found = "; ".join(error.found for error in self.refused)
+            raise ParityError(found, expected=" and ".join(dict.fromkeys(error.expected for error in self.refused)))
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """For people: column titles and rows."""
@@ -175,18 +188,18 @@ def _export(source: Source, target: Path, older: Path, options: ExportOptions) -
         bundle = read_bundle(staging)
         fp32 = OnnxEncoder(bundle, "fp32")
         artefacts = [check_parity(fp32, material.golden, material.pictures)]
-        refused = []
+        refused: dict[Precision, ParityError] = {}
         for precision in wanted:
             try:
                 artefacts.append(_add(precision, model, fp32, bundle, material))
             except ParityError as error:
                 (staging / MODEL_FILES[precision]).unlink(missing_ok=True)
-                refused.append(error)
-        defaults = _keep_others(older, staging, spec, artefacts)
+                refused[precision] = error
+        defaults = _keep_others(older, staging, spec, artefacts, refused)
         write_parity(staging / PARITY_FILE, artefacts)
         (staging / CARD_FILE).write_text(model_card(spec, source, artefacts), encoding="utf-8")
         write_contract(staging, spec, defaults)
-    return Exported(spec, tuple(artefacts), tuple(refused))
+    return Exported(spec, tuple(artefacts), tuple(refused.values()))
 
 
 @dataclass(frozen=True)
@@ -207,7 +220,13 @@ class _Material:
             origin, pictures = "drawn", draw_pictures(DRAWN_PICTURES, side, *geometry, seed=0)
         else:
             sample = sample_folder(options.check, CHECK_PICTURES + CALIBRATION_PICTURES, side, *geometry)
-            kept = min(CALIBRATION_PICTURES, len(sample) // 3) if "int8" in options.precisions else 0
+            if len(sample) < MIN_PICTURES:
+                raise ConfigError(
+                    f"{len(sample)} pictures in {options.check}",
+                    expected=f"at least {MIN_PICTURES} to prove neighbours on",
+                )
+            spare = min(CALIBRATION_PICTURES, len(sample) // 3, len(sample) - MIN_PICTURES)
+            kept = spare if "int8" in options.precisions else 0
             origin, pictures = "folder", sample[kept:][:CHECK_PICTURES]  # never those it was calibrated on
             calibration = sample[:kept] if kept else None
         tokens = None
@@ -248,36 +267,59 @@ def _add(
     """Make the graph of another precision, in the folder of the unfinished bundle, and prove it.
 
     Raises:
-        ParityError: it does not pass; or it is int8, and not faster than fp32.
+        ParityError: it does not pass, cannot be made or does not run; or it is int8, and not faster than fp32.
     """
     if precision == "int8":
-        return _add_int8(fp32, bundle, material)
+        return _add_int8(bundle, material)
     assert precision != "fp32", "which is what the others are made from"
     grown = dataclasses.replace(bundle, precisions=("fp32", precision))
-    grown.model(precision).write_bytes(to_half(model, precision).SerializeToString())
-    if fp32.provider == "CPUExecutionProvider":
-        return check_half_without_gpu(grown, precision, material.golden, material.pictures)
-    return check_parity(OnnxEncoder(grown, precision), material.golden, material.pictures)
+    with _refusing(precision):
+        grown.model(precision).write_bytes(to_half(model, precision).SerializeToString())
+        if fp32.provider == "CPUExecutionProvider":
+            return check_half_without_gpu(grown, precision, material.golden, material.pictures)
+        encoder = OnnxEncoder(grown, precision, "cuda", strict=True)  # a CPU would run it in fp32, and prove nothing
+        return check_parity(encoder, material.golden, material.pictures)
 
 
-def _add_int8(fp32: OnnxEncoder, bundle: Bundle, material: _Material) -> ArtefactParity:
-    """The fastest of the ways that pass."""
+@contextlib.contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """Make a ParityError of whatever goes wrong: one graph that cannot be had costs the others nothing.
+
+    Raises:
+        ParityError: something went wrong.
+    """
+    try:
+        yield
+    except ParityError:
+        raise
+    except Exception as error:  # of converters and runtimes, whose own classes share no base
+        raise ParityError(
+            f"{what} cannot be made or does not run: {first_line(error)}", expected="a graph that runs"
+        ) from error
+
+
+def _add_int8(bundle: Bundle, material: _Material) -> ArtefactParity:
+    """The fastest of the ways that pass. On a CPU, which it is made for."""
+    fp32 = OnnxEncoder(bundle, "fp32", "cpu")
     passed: list[tuple[float, Path, ArtefactParity]] = []
     failures = []
     with tempfile.TemporaryDirectory() as folder:
         for calibration in (None,) if material.calibration is None else (None, material.calibration):
             place = Path(tempfile.mkdtemp(dir=folder))
             candidate = dataclasses.replace(bundle, path=place, precisions=("int8",))
-            way = quantize(bundle.model("fp32"), candidate.model("int8"), calibration)
-            if way is None:
-                failures.append("dynamic: the graph has nothing to quantise without calibration")
-                continue
-            encoder = OnnxEncoder(candidate, "int8")
-            speed = _speed_ratio(encoder, fp32, material.pictures.images[:_TIMED_BATCH])
+            way, speed = "static" if calibration is not None else "dynamic", 0.0
             try:
-                report = check_parity(encoder, material.golden, material.pictures)
+                with _refusing("it"):
+                    made = quantize(bundle.model("fp32"), candidate.model("int8"), calibration)
+                    if made is None:
+                        failures.append("dynamic: the graph has nothing to quantise without calibration")
+                        continue
+                    way, encoder = made, OnnxEncoder(candidate, "int8", "cpu")
+                    speed = _speed_ratio(encoder, fp32, material.pictures.images[:_TIMED_BATCH])
+                    report = check_parity(encoder, material.golden, material.pictures)
             except ParityError as error:
-                failures.append(f"{way}, {speed:.2f} times as fast as fp32: {error.found}")
+                told = f", {speed:.2f} times as fast as fp32" if speed else ""
+                failures.append(f"{way}{told}: {error.found}")
                 continue
             logger.info(
                 "int8, %s: %.2f times as fast as fp32, top-10 overlap %s", way, speed, report.neighbours.overlap
@@ -307,19 +349,27 @@ def _speed_ratio(encoder: OnnxEncoder, reference: OnnxEncoder, images: npt.NDArr
 
 
 def _keep_others(
-    target: Path, staging: Path, spec: EncoderSpec, artefacts: list[ArtefactParity]
+    target: Path,
+    staging: Path,
+    spec: EncoderSpec,
+    artefacts: list[ArtefactParity],
+    refused: Container[Precision],
 ) -> dict[str, Precision]:
-    """Take over what an older bundle of the same encoder has in other precisions; the defaults that still hold."""
+    """Take over what an older bundle of the same encoder has in other precisions; the defaults that still hold.
+
+    Not what was refused just now. Words about the weights may differ: graphs do not depend on them.
+    """
     try:
         old = read_bundle(target)
         proofs = {proof.precision: proof for proof in read_parity(old.path / PARITY_FILE)}
     except (BundleError, OSError, ValueError, KeyError, TypeError):  # the proofs of a bundle need not be ours
         return {}
-    if old.spec != spec:
+    words = {name: getattr(spec, name) for name in ("licence", "weights_source", "teacher_source")}
+    if dataclasses.replace(old.spec, **words) != spec:
         return {}
     made = {artefact.precision for artefact in artefacts}
     for precision in old.precisions:
-        if precision not in made and precision in proofs:
+        if precision not in made and precision not in refused and precision in proofs:
             shutil.copyfile(old.model(precision), staging / MODEL_FILES[precision])
             artefacts.append(proofs[precision])
     if (old.path / ENGINES).is_dir():  # each says which graph it is of

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mimco_deploy.errors import CheckpointError
 from mimco_deploy.training.augment import ToInput
 from mimco_deploy.training.backbone import Backbone
-from mimco_deploy.training.checkpoint import Checkpoint, is_checkpoint, load_encoder
+from mimco_deploy.training.checkpoint import Checkpoint, is_checkpoint, load_encoder, read_checkpoint
 from mimco_deploy.training.method_config import Pooling
 from mimco_deploy.training.published import load_teacher
 
@@ -91,9 +91,21 @@ def from_model(name: str) -> Source:
     path = Path(name)
     if is_checkpoint(path):
         raise CheckpointError(f"{name} is a checkpoint of mimco's", expected=f"--checkpoint {name}")
+    if path.is_dir() and _is_of_a_stage(path.resolve().parent):  # which alone tells the teacher and what was trained
+        raise CheckpointError(
+            f"{name} lies in a checkpoint of mimco's", expected=f"--checkpoint {path.parent}, or a copy elsewhere"
+        )
     backbone, pooling = load_teacher(name, to_train=False)
     try_out(backbone, name)
     return Source(backbone, pooling, path.resolve().name if path.exists() else name)
+
+
+def _is_of_a_stage(folder: Path) -> bool:
+    try:
+        read_checkpoint(folder)
+    except CheckpointError:
+        return False
+    return True
 
 
 def try_out(backbone: Backbone, name: str) -> None:

@@ -14,6 +14,8 @@ Embeddings = npt.NDArray[np.float32]
 K = 10
 MIN_PICTURES = 2 * K + 1
 """With fewer, ten neighbours are most of what there is."""
+_NORM_ERROR = 0.01
+"""Of unit vectors; bfloat16 keeps 0.004."""
 _TIE = 1e-6
 """Scores nearer than this are equal: float32 keeps 6e-8 of each of several hundred terms."""
 
@@ -26,12 +28,14 @@ class Agreement:
     max_abs: float
     """Largest difference of any component."""
     min_cosine: float
-    """Least cosine of an embedding with its reference."""
+    """Least cosine of an embedding with its reference, whatever their norms."""
     overlap: float | None
     """Share of the ten nearest neighbours by the reference that the found ten hold, mean over pictures; None with
     fewer than `MIN_PICTURES`."""
     recall: float | None
     """Share of pictures whose nearest neighbour by the reference is among the found ten; None likewise."""
+    norm_error: float = 0.0
+    """Largest distance of a found norm from 1."""
 
     def breaches(self, tolerance: Tolerance) -> list[str]:
         """What is outside a tolerance, in words; NaN always is."""
@@ -40,6 +44,8 @@ class Agreement:
             found.append(f"differs by {self.max_abs:.2e} (at most {tolerance.max_abs:.0e})")
         if not self.min_cosine >= tolerance.min_cosine:
             found.append(f"cosine {self.min_cosine:.6f} (at least {tolerance.min_cosine})")
+        if not self.norm_error <= _NORM_ERROR:
+            found.append(f"norms are off by {self.norm_error:.3f}")
         if self.overlap is not None and not self.overlap >= tolerance.min_overlap:
             found.append(f"top-{K} overlap {self.overlap:.3f} (at least {tolerance.min_overlap})")
         return found
@@ -58,9 +64,12 @@ def compare(found: Embeddings, reference: Embeddings) -> Agreement:
     """
     pictures = len(reference)
     max_abs = float(np.max(np.abs(found - reference)))
-    cosine = float(np.min(np.sum(found * reference, axis=1)))
+    norms = np.linalg.norm(found, axis=1)  # [B]
+    norm_error = float(np.max(np.abs(norms - 1.0)))
+    lengths = np.maximum(norms * np.linalg.norm(reference, axis=1), 1e-12)
+    cosine = float(np.min(np.sum(found * reference, axis=1) / lengths))
     if pictures < MIN_PICTURES or not np.isfinite(found).all():
-        return Agreement(pictures, max_abs, cosine, None, None)
+        return Agreement(pictures, max_abs, cosine, None, None, norm_error)
     truth, scores = reference @ reference.T, found @ found.T
     for matrix in (truth, scores):
         np.fill_diagonal(matrix, -2.0)  # nobody is a neighbour of itself
@@ -69,4 +78,4 @@ def compare(found: Embeddings, reference: Embeddings) -> Agreement:
     picked_truth = np.take_along_axis(truth, picked, axis=1)
     overlap = float(np.mean(picked_truth >= tenth[:, None]))
     recall = float(np.mean(picked_truth.max(axis=1) >= truth.max(axis=1) - _TIE))
-    return Agreement(pictures, max_abs, cosine, overlap, recall)
+    return Agreement(pictures, max_abs, cosine, overlap, recall, norm_error)

@@ -203,7 +203,8 @@ def pick(path: Path, rows: Sequence[Row]) -> dict[str, Precision]:
     bundle = read_bundle(path)
     best: dict[str, Row] = {}
     for row in rows:
-        if row.in_bundle and not row.breaches:
+        measured = row.precision == "fp32" or row.overlap is not None  # with too few pictures nothing says it is good
+        if row.in_bundle and not row.breaches and measured:
             leader = best.get(row.device)
             if leader is None or row.images_per_s > leader.images_per_s:
                 best[row.device] = row
@@ -342,4 +343,5 @@ def _load_onnx(path: Path, device: str, precision: Precision) -> tuple[Embed, st
     from mimco_deploy.serving.encoders.onnx import OnnxEncoder
 
     encoder = OnnxEncoder(read_bundle(path), precision, "cuda" if device == "cuda" else "cpu", strict=True)
+    encoder.prove()  # the reference is among them
     return encoder.embed, encoder.provider

@@ -20,6 +20,9 @@ from typing import Literal
 State = Literal["ok", "absent", "problem"]
 
 _TIMEOUT_S = 120
+_CUDA, _TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
+_REMOTE = "AzureExecutionProvider"
+"""Runs nothing here: it sends graphs elsewhere."""
 _BASE = ("click", "faiss-cpu", "numpy", "pillow", "rich")
 _EXTRAS = {
     "train": ("torch", "torchvision", "timm", "safetensors", "tensorboard"),
@@ -152,7 +155,13 @@ def _providers() -> list[Finding]:
     asked = _run(
         [sys.executable, "-c", "import json, onnxruntime; print(json.dumps(onnxruntime.get_available_providers()))"]
     )
-    return [] if asked.answer is None else [_provider(name) for name in asked.answer]  # without a runtime: said above
+    offered = asked.answer or []  # without a runtime: said above
+    found = {name: _provider(name) for name in offered if name != _REMOTE}
+    without = found.get(_TENSORRT)
+    if without is not None and without.state == "problem" and found.get(_CUDA, without).state == "ok":
+        # The package lists it whether or not TensorRT is installed, and a GPU serves without.
+        found[_TENSORRT] = Finding(_TENSORRT, "absent", without.found)
+    return list(found.values())
 
 
 def _provider(name: str) -> Finding:

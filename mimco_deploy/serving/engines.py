@@ -139,7 +139,9 @@ def read_engine(plan: Path) -> Engine:
         if wrong or not all(_fits(int, number) for number in capabilities):
             raise ValueError(f"no such {wrong or ['compute_capabilities']}")
         spec = EngineSpec(**{**known, "compute_capabilities": capabilities})
-        stated, layers = document["plan_sha256"], dict(document["layers"])
+        if not 1 <= spec.min_batch <= spec.opt_batch <= spec.max_batch or spec.workspace_mib < 0:
+            raise ValueError("its profile cannot be meant")
+        stated, layers = str(document["plan_sha256"]), dict(document["layers"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise EngineError(
             f"{sidecar} cannot be read ({error!r})", expected="the sidecar of an engine", command=again

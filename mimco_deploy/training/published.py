@@ -70,9 +70,9 @@ _LAYOUTS = (
         "MoBY or SimMIM",
         "encoder.",
         r"encoder_k\.|projector(_k)?\.|predictor\.|queue(1|2|_ptr)$|decoder\.|encoder\.(head\.|mask_token$)",
-        "MIT",
+        "MIT if it is theirs",
     ),
-    _Layout("DINO", "backbone.", r"head\.|backbone\.head\.", "Apache-2.0"),
+    _Layout("DINO", "backbone.", r"head\.|backbone\.head\.", "Apache-2.0 if it is DINO's"),
     # Of MAE's encoder alone nothing tells that it is not DINO's or DeiT's, which are under Apache-2.0: the stricter.
     _Layout("DINO, MAE or DeiT", "", r"head\.|mask_token$|decoder_", "CC-BY-NC-4.0 if it is MAE's"),
 )
@@ -182,9 +182,11 @@ def _geometry(name: str, cfg: dict[str, Any]) -> Geometry:
     """How timm prepares pictures for a model."""
     mode = cfg.get("crop_mode") or "center"
     interpolation: Any = cfg.get("interpolation") or "bicubic"
-    if mode != "center" or interpolation not in typing.get_args(Interpolation):
-        logger.warning("timm shows %s pictures %s and %s; mimco centre crops, bicubic", name, mode, interpolation)
-        return Geometry(cfg.get("crop_pct") or CROP_SHARE)
+    if mode != "center":
+        logger.warning("timm shows %s pictures by %s; mimco crops their centre", name, mode)
+    if interpolation not in typing.get_args(Interpolation):
+        logger.warning("timm resizes for %s by %s; mimco by bicubic", name, interpolation)
+        interpolation = "bicubic"
     return Geometry(cfg.get("crop_pct") or CROP_SHARE, interpolation)
 
 
@@ -293,6 +295,8 @@ def _describe(body: Any) -> BackboneConfig:
     """The config of a model that timm built; sizes of the families that can be built in other sizes."""
     cfg = body.pretrained_cfg
     side = getattr(getattr(body, "patch_embed", None), "img_size", None) or cfg["input_size"][1:]
+    if side[0] != side[-1]:
+        raise ConfigError(f"it takes pictures of {side[-1]} × {side[0]} px", expected="square ones")
     sizes: dict[str, Any] = {}
     if isinstance(body, SwinTransformer):
         stages: Any = body.layers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from mimco_deploy.errors import BundleError, CheckpointError, ConfigError, Mimco
 from mimco_deploy.export import pipeline, student
 from mimco_deploy.export.parity import Pictures, check_parity, read_parity
 from mimco_deploy.export.pipeline import ExportOptions, export_encoder
-from mimco_deploy.export.student import EncoderModule, from_checkpoint
+from mimco_deploy.export.student import EncoderModule, from_checkpoint, from_model
 from mimco_deploy.export.to_onnx import convert
 from mimco_deploy.serving.encoders import load_encoder
 from mimco_deploy.serving.encoders.onnx import OnnxEncoder
@@ -84,6 +85,14 @@ def test_a_stage1_run_exports_its_teacher_by_the_cls_token(tmp_path: Path) -> No
     config = Stage1Config(backbone=BACKBONE, run=RunConfig(epochs=1, global_batch_size=2), optim=OPTIM)
     export_encoder(from_checkpoint(untrained(tmp_path / "last", config)), tmp_path / "encoder")
     assert read_bundle(tmp_path / "encoder").spec.pooling == "cls"
+
+
+def test_what_lies_in_a_checkpoint_is_exported_from_the_checkpoint(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Its `timm/` tells neither the teacher, nor which licence comes from it, nor what the loss trained."""
+    with pytest.raises(CheckpointError, match=r"lies in a checkpoint of mimco's; expected --checkpoint .*last"):
+        from_model(str(checkpoint.path / "timm"))
+    shutil.copytree(checkpoint.path / "timm", tmp_path / "mine")
+    assert from_model(str(tmp_path / "mine")).teacher == "none"
 
 
 def test_fingerprint_follows_weights_pooling_and_geometry(checkpoint: Checkpoint) -> None:

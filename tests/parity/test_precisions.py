@@ -18,7 +18,7 @@ from timm.models import save_for_hf
 
 from mimco_deploy.bundle import MODEL_FILES, Bundle, Precision, read_bundle, write_contract
 from mimco_deploy.drawings import draw_gallery
-from mimco_deploy.errors import BundleError, ParityError
+from mimco_deploy.errors import BundleError, ConfigError, ParityError
 from mimco_deploy.export import pipeline
 from mimco_deploy.export.half import IN_FP32, PRODUCTS, TYPES, Half, in_fp32, to_half
 from mimco_deploy.export.parity import Pictures, check_half_without_gpu, check_parity, read_parity
@@ -218,6 +218,91 @@ def test_int8_that_is_no_faster_does_not_ship(
     (error,) = exported.refused
     assert str(error).count("0.97 times as fast as fp32, top-10 overlap") == 2  # dynamic and static, two numbers each
     assert read_bundle(tmp_path / "encoder").precisions == ("fp32",)
+
+
+def test_what_was_refused_just_now_is_not_taken_from_the_bundle_before(
+    weights: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, source = tmp_path / "encoder", from_model(str(weights))
+    monkeypatch.setattr(pipeline, "_speed_ratio", lambda *_: 1.5)
+    export_encoder(source, target, ExportOptions(precisions=("int8",), check=photos))
+    write_contract(target, read_bundle(target).spec, {"cpu": "int8"})
+    monkeypatch.setattr(pipeline, "_speed_ratio", lambda *_: 0.5)
+    exported = export_encoder(source, target, ExportOptions(precisions=("int8", "fp16"), check=photos))
+    assert len(exported.refused) == 1
+    bundle = read_bundle(target)
+    assert bundle.precisions == ("fp32", "fp16")
+    assert dict(bundle.defaults) == {}
+    with pytest.raises(ParityError, match="int8 is not worth it"):
+        exported.check()
+
+
+def test_other_words_on_the_weights_cost_no_precision(weights: Path, tmp_path: Path) -> None:
+    target, source = tmp_path / "encoder", from_model(str(weights))
+    export_encoder(source, target, ExportOptions(precisions=("fp16",)))
+    export_encoder(source, target, ExportOptions(licence="MIT"))
+    bundle = read_bundle(target)
+    assert (bundle.precisions, bundle.spec.licence) == (("fp32", "fp16"), "MIT")
+
+
+@pytest.mark.parametrize("place", ["quantize", "to_half"])
+def test_a_graph_that_cannot_be_had_costs_the_others_nothing(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    def broken(*_: object) -> Any:
+        raise RuntimeError("no such operator\nand more")
+
+    monkeypatch.setattr(pipeline, place, broken)
+    monkeypatch.setattr(pipeline, "_speed_ratio", lambda *_: 1.5)
+    exported = export_encoder(
+        from_model(str(weights)), tmp_path / "encoder", ExportOptions(precisions=("fp16", "int8"))
+    )
+    (error,) = exported.refused
+    assert "cannot be made or does not run: no such operator" in str(error)
+    assert "and more" not in str(error)
+    other = "fp16" if place == "quantize" else "int8"
+    assert read_bundle(tmp_path / "encoder").precisions == ("fp32", other)
+
+
+def test_on_a_gpu_a_half_graph_that_does_not_start_there_is_refused(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime would run it on the CPU, in fp32."""
+    asked: list[Any] = []
+
+    class Session(OnnxEncoder):
+        def __init__(
+            self, bundle: Bundle, precision: Any = None, device: Any = "auto", *, strict: bool = False
+        ) -> None:
+            asked.append((precision, device, strict))
+            super().__init__(bundle, precision, device, strict=strict)
+
+        @property
+        def provider(self) -> str:
+            return "CUDAExecutionProvider"
+
+    monkeypatch.setattr(pipeline, "OnnxEncoder", Session)
+    exported = export_encoder(from_model(str(weights)), tmp_path / "encoder", ExportOptions(precisions=("fp16",)))
+    assert ("fp16", "cuda", True) in asked
+    assert "fp16 cannot be made or does not run" in str(exported.refused[0])
+
+
+def test_pictures_too_few_to_prove_neighbours_on_are_refused(weights: Path, photos: Path, tmp_path: Path) -> None:
+    few = tmp_path / "few"
+    few.mkdir()
+    for number, path in enumerate(sorted(photos.rglob("*.jpg"))[:20] or sorted(photos.rglob("*.png"))[:20]):
+        shutil.copyfile(path, few / f"{number}{path.suffix}")
+    with pytest.raises(ConfigError, match=r"20 pictures in .*few; expected at least 21"):
+        export_encoder(from_model(str(weights)), tmp_path / "encoder", ExportOptions(check=few))
+
+
+def test_weights_beside_the_graph_are_not_looked_for(bundle: Bundle) -> None:
+    """They would be no part of what its hash says."""
+    model = onnx.load(bundle.model("fp32"))
+    onnx.save(model, bundle.model("fp32"), save_as_external_data=True, location="weights.bin", size_threshold=0)
+    write_contract(bundle.path, bundle.spec)
+    with pytest.raises(BundleError, match="cannot be loaded"):
+        load_encoder(bundle.path, "cpu")
 
 
 def test_the_faster_way_of_two_ships(

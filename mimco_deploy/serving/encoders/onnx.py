@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 from typing import Any, Literal
 
 import numpy as np
@@ -186,6 +187,8 @@ def _start(ort: Any, bundle: Bundle, precision: Precision, providers: list[Any])
     model = bundle.model(precision)
     options = ort.SessionOptions()
     options.log_severity_level = _FATAL_ONLY  # what matters is raised below, in our words
+    # Weights in a file beside the graph would be no part of what its hash says: nothing is found there.
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
     try:
         return ort.InferenceSession(model, sess_options=options, providers=providers, enable_fallback=0)
     except Exception as error:  # ORT's own classes share no base

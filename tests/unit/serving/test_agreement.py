@@ -68,6 +68,13 @@ def test_breaches_are_named_with_both_numbers_and_nan_is_one() -> None:
     bad = compare(drawn(1), drawn(0)).breaches(tolerance)
     assert [breach.split()[0] for breach in bad] == ["differs", "cosine", "top-10"]
     assert "(at least 0.95)" in bad[2]
+    longer = compare(1.3 * drawn(0), drawn(0))
+    assert longer.min_cosine == pytest.approx(1.0)
+    assert "norms are off by 0.300" in longer.breaches(tolerance)
     broken = drawn(0)
     broken[3, 2] = np.nan
-    assert [breach.split()[0] for breach in compare(broken, drawn(0)).breaches(tolerance)] == ["differs", "cosine"]
+    assert [breach.split()[0] for breach in compare(broken, drawn(0)).breaches(tolerance)] == [
+        "differs",
+        "cosine",
+        "norms",
+    ]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mimco_deploy.bundle import Bundle, read_bundle
+from mimco_deploy.bundle import Bundle, checksum_of, read_bundle
 from mimco_deploy.errors import EngineError
 from mimco_deploy.serving.engines import (
     EngineSpec,
@@ -120,6 +121,19 @@ def test_a_sidecar_that_is_none_is_refused(bundle: Bundle, content: bytes) -> No
     plan = write_engine(bundle.path, SPEC, PLAN, {}).plan
     plan.with_suffix(".json").write_bytes(content)
     with pytest.raises(EngineError, match="cannot be read"):
+        read_engine(plan)
+
+
+@pytest.mark.parametrize(
+    "change", [{"plan_sha256": 7}, {"min_batch": -5}, {"max_batch": 0}, {"opt_batch": 999}, {"workspace_mib": -1}]
+)
+def test_a_sidecar_that_cannot_be_meant_is_refused(bundle: Bundle, change: dict[str, Any]) -> None:
+    plan = write_engine(bundle.path, SPEC, PLAN, {}).plan
+    sidecar = plan.with_suffix(".json")
+    document = json.loads(sidecar.read_text(encoding="utf-8")) | change
+    del document["checksum"]
+    sidecar.write_text(json.dumps({**document, "checksum": checksum_of(document)}), encoding="utf-8")
+    with pytest.raises(EngineError):
         read_engine(plan)
 
 
