@@ -20,7 +20,8 @@ from mimco_deploy.errors import MissingExtraError
 logger = logging.getLogger(__name__)
 
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
-_RTX_PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"
+RTX_PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"
+"""Of ONNX Runtime; it carries the libraries."""
 _RTX_LIBRARIES = ("libtensorrt_rtx.so.*", "libtensorrt_onnxparser_rtx.so.*")
 
 
@@ -51,7 +52,7 @@ def load_trt(flavour: Flavour) -> Any:
 
 def has_rtx() -> bool:
     """Whether TensorRT for RTX is installed, in either of its two packagings."""
-    bindings = importlib.util.find_spec("tensorrt_rtx_bindings") and importlib.util.find_spec(_RTX_PLUGIN)
+    bindings = importlib.util.find_spec("tensorrt_rtx_bindings") and importlib.util.find_spec(RTX_PLUGIN)
     return bool(importlib.util.find_spec("tensorrt_rtx") or bindings)
 
 
@@ -114,7 +115,7 @@ def new_log(trt: Any) -> Any:
 def _load_rtx() -> Any:
     if importlib.util.find_spec("tensorrt_rtx"):
         return importlib.import_module("tensorrt_rtx")
-    plugin = importlib.util.find_spec(_RTX_PLUGIN)
+    plugin = importlib.util.find_spec(RTX_PLUGIN)
     if plugin is not None:  # carries the libraries under their full version; loaded, they satisfy the bindings
         libraries = [
             library

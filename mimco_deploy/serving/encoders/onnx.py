@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+import importlib.util
 import io
 import logging
 import os
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -15,6 +18,7 @@ from mimco_deploy.bundle import Bundle, EncoderSpec, Precision
 from mimco_deploy.errors import BundleError, MissingExtraError, ProviderError
 from mimco_deploy.serving.doctor import telling_line
 from mimco_deploy.serving.encoders.proof import check_images, first_line, prove
+from mimco_deploy.serving.trt import RTX_PLUGIN
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +42,7 @@ class OnnxEncoder:
     Args:
         bundle: as `read_bundle` gives it, hashes checked.
         precision: of the graph; by default what the bundle says for the device that runs.
-        device: `auto` takes CUDA where it starts, else the CPU; `tensorrt` ONNX Runtime's own provider.
+        device: `auto` takes CUDA where it starts, else the CPU; `tensorrt` a provider of either flavour.
         strict: whether anything else than the device asked for is an error, not a warning.
 
     Raises:
@@ -161,6 +165,14 @@ def _open_session(bundle: Bundle, precision: Precision | None, device: Device, s
     """A session on the device that was asked for, or loudly on the next best; and the precision of its graph."""
     ort = import_runtime()
     offered = ort.get_available_providers()
+    if device == "tensorrt" and (rtx := _rtx_devices(ort)):
+        chosen = precision or bundle.precision_for("tensorrt")
+        try:
+            session = _start(ort, bundle, chosen, None, rtx)
+            if session.get_providers()[0] == rtx[0].ep_name:
+                return session, chosen
+        except BundleError as error:  # another provider may be here, or says what is missing
+            logger.warning("%s does not start: %s", rtx[0].ep_name, telling_line(error.found))
     tried = [name for name in ("tensorrt", "cuda") if device == name or (device == "auto" and name == "cuda")]
     for name in tried:
         provider = _PROVIDERS[name]
@@ -183,9 +195,33 @@ def _open_session(bundle: Bundle, precision: Precision | None, device: Device, s
     return _start(ort, bundle, chosen, [_CPU]), chosen
 
 
-def _start(ort: Any, bundle: Bundle, precision: Precision, providers: list[Any]) -> Any:
+def _rtx_devices(ort: Any) -> list[Any]:
+    """The GPUs for which ONNX Runtime's plug-in of TensorRT for RTX is installed and starts."""
+    if importlib.util.find_spec(RTX_PLUGIN) is None:
+        return []
+    plugin = importlib.import_module(RTX_PLUGIN)
+    name = plugin.get_ep_name()
+
+    def devices() -> list[Any]:
+        return [device for device in ort.get_ep_devices() if device.ep_name == name]
+
+    try:
+        if not devices():  # once in a process
+            ort.register_execution_provider_library(name, plugin.get_library_path())
+        return devices()
+    except Exception as error:  # ORT's own classes share no base; without a driver it does not load
+        logger.info("%s does not load: %s", name, telling_line(str(error)))
+        return []
+
+
+def _start(
+    ort: Any, bundle: Bundle, precision: Precision, providers: list[Any] | None, devices: Sequence[Any] = ()
+) -> Any:
+    """A session on providers that ONNX Runtime has built in, or on the devices of a plug-in."""
     model = bundle.model(precision)
     options = ort.SessionOptions()
+    if devices:
+        options.add_provider_for_devices(devices, {})
     options.log_severity_level = _FATAL_ONLY  # what matters is raised below, in our words
     # Weights in a file beside the graph would be no part of what its hash says: nothing is found there.
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
@@ -201,11 +237,12 @@ def _start(ort: Any, bundle: Bundle, precision: Precision, providers: list[Any])
 
 
 def has_tensorrt_provider() -> bool:
-    """Whether ONNX Runtime is here and offers TensorRT, which does not yet say that it starts."""
+    """Whether ONNX Runtime is here and offers TensorRT in either flavour, which does not yet say that it starts."""
     try:
-        return _PROVIDERS["tensorrt"][0] in import_runtime().get_available_providers()
+        ort = import_runtime()
     except MissingExtraError:
         return False
+    return _PROVIDERS["tensorrt"][0] in ort.get_available_providers() or bool(_rtx_devices(ort))
 
 
 def import_runtime() -> Any:

@@ -1,18 +1,22 @@
 from __future__ import annotations
 
+import importlib.machinery
 import logging
 import sys
+import types
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
 import pytest
 from onnx import helper
 
-from mimco_deploy.bundle import GOLDEN_FILE, MODEL_FILES, Golden, write_contract
+from mimco_deploy.bundle import GOLDEN_FILE, MODEL_FILES, Golden, read_bundle, write_contract
 from mimco_deploy.errors import BundleError, MissingExtraError, ProviderError
 from mimco_deploy.serving.encoders import Device, load_encoder
-from mimco_deploy.serving.encoders.onnx import OnnxEncoder
+from mimco_deploy.serving.encoders.onnx import OnnxEncoder, has_tensorrt_provider
+from mimco_deploy.serving.trt import RTX_PLUGIN
 from tests.helpers import DIM, SIDE, Images, golden_images, tiny_bundle, tiny_embed, tiny_graph, tiny_spec
 
 
@@ -179,6 +183,84 @@ def test_a_device_that_is_not_there_is_said_and_an_error_where_strict(
     assert "mimco doctor" in caplog.text
     with pytest.raises(ProviderError, match=f"expected --device {device}, since --strict is set; run: mimco doctor"):
         load_encoder(path, device, strict=True)
+
+
+class Plugin:
+    """What ONNX Runtime's plug-in of TensorRT for RTX does: registered once, it names GPUs."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, loads: bool = True, starts: bool = True) -> None:
+        self.loads, self.starts = loads, starts
+        self.registered: list[tuple[str, str]] = []
+        real = onnxruntime.InferenceSession
+        module = types.ModuleType(RTX_PLUGIN)
+        module.__spec__ = importlib.machinery.ModuleSpec(RTX_PLUGIN, None)
+        vars(module).update(get_ep_name=lambda: "Rtx", get_library_path=lambda: "/rtx.so")
+
+        def session(path: Path, sess_options: object, providers: object, **_: object) -> object:
+            found = real(path, providers=["CPUExecutionProvider"])
+            if isinstance(sess_options, Options) and sess_options.devices:
+                assert providers is None
+                return Session(found, "Rtx" if self.starts else "CPUExecutionProvider")
+            return found
+
+        class Session:
+            def __init__(self, found: Any, first: str) -> None:
+                self.found, self.first = found, first
+
+            def get_providers(self) -> list[str]:
+                return [self.first, "CPUExecutionProvider"]
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(self.found, name)
+
+        class Options:
+            devices: tuple[Any, ...] = ()
+
+            def add_session_config_entry(self, *_: str) -> None:
+                pass
+
+            def add_provider_for_devices(self, devices: Any, options: dict[str, str]) -> None:
+                assert options == {}
+                self.devices = tuple(devices)
+
+        monkeypatch.setitem(sys.modules, RTX_PLUGIN, module)
+        monkeypatch.setattr(onnxruntime, "get_ep_devices", self.devices)
+        monkeypatch.setattr(onnxruntime, "register_execution_provider_library", self.register)
+        monkeypatch.setattr(onnxruntime, "SessionOptions", Options)
+        monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+
+    def register(self, name: str, path: str) -> None:
+        if not self.loads:
+            raise RuntimeError("Failed to load library with error: libcuda.so.1: cannot open shared object file")
+        self.registered.append((name, path))
+
+    def devices(self) -> list[Any]:
+        gpus = [types.SimpleNamespace(ep_name="Rtx")] if self.registered else []
+        return [types.SimpleNamespace(ep_name="CPUExecutionProvider"), *gpus]
+
+
+def test_tensorrt_for_rtx_runs_by_its_plug_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plugin = Plugin(monkeypatch)
+    bundle = read_bundle(tiny_bundle(tmp_path / "encoder"))
+    for _ in range(2):
+        encoder = OnnxEncoder(bundle, device="tensorrt", strict=True)
+        assert encoder.provider == "Rtx"
+        encoder.prove()
+    assert plugin.registered == [("Rtx", "/rtx.so")]
+    assert has_tensorrt_provider()
+
+
+@pytest.mark.parametrize("broken", ["loads", "starts"])
+def test_a_plug_in_that_does_not_start_is_no_provider(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    Plugin(monkeypatch, **{broken: False})
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    bundle = read_bundle(tiny_bundle(tmp_path / "encoder"))
+    assert OnnxEncoder(bundle, device="tensorrt").provider == "CPUExecutionProvider"
+    with pytest.raises(ProviderError, match="--strict"):
+        OnnxEncoder(bundle, device="tensorrt", strict=True)
+    assert has_tensorrt_provider() == (broken == "starts")
 
 
 def test_the_cpu_that_was_asked_for_is_no_fallback(tmp_path: Path) -> None:
