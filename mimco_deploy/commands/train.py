@@ -220,6 +220,8 @@ def _fit_to_memory(config: ConfigT) -> ConfigT:
 def _print_plan(config: Stage1Config | Stage2Config | FinetuneConfig | LinearConfig, as_json: bool) -> None:
     from mimco_deploy.training.plan import plan_run
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("--plan in several processes", expected="one, without torchrun: it measures a single device")
     plan = plan_run(config)
     if as_json:
         print_json(asdict(plan))
@@ -231,8 +233,8 @@ def _print_plan(config: Stage1Config | Stage2Config | FinetuneConfig | LinearCon
         "micro-batch": f"{plan.micro_batch} images × {plan.accumulate}; up to {plan.largest_micro_batch} at once fit",
         "memory": f"{plan.step_mib:,.0f} MiB a step of {plan.available_mib:,.0f} free ({plan.fixed_mib:,.0f} and "
         f"{plan.image_mib:.1f} an image): {fits}",
-        "speed": f"{plan.images_per_s:,.0f} images/s in small steps, without loading",
-        "time": f"{plan.hours:,.1f} hours",
+        "speed": f"{plan.images_per_s:,.0f} images/s, without loading; compiled steps are faster",
+        "time": f"{plan.hours:,.1f} hours at that speed",
         "disk": f"{plan.disk_mib:,.0f} MiB for checkpoints",
     }
     for name, text in rows.items():

@@ -78,7 +78,7 @@ class Plan:
     largest_micro_batch: int
     """Most images at once that fit."""
     images_per_s: float
-    """Of all processes; of small steps, so a lower bound on a GPU."""
+    """Of all processes, without loading; uncompiled, so a lower bound on a GPU."""
     hours: float
     """Of training."""
     disk_mib: float
@@ -180,9 +180,12 @@ def make_plan(config: Config, method: nn.Module, make_views: MakeViews, pictures
     fixed = weights + moments + max(0.0, small.most - small.images * image)
     micro = run.global_batch_size // (run.accumulate * world_size())
     available = free_memory(stepper.device)
+    largest = max(0, int((MAY_FILL[stepper.device.type] * available - fixed) // image))
     encoder = method.encoder
     assert isinstance(encoder, nn.Module)
     exported = sum(value.numel() * value.element_size() for value in encoder.state_dict().values())
+    if stepper.device.type == "cuda" and min(micro, largest // 2) > large.images:  # small steps leave a GPU idle
+        large = _probe(stepper, _noise(make_views, min(micro, largest // 2)))
     rate = large.images * world_size() / large.seconds
     return Plan(
         encoder_parameters=sum(parameter.numel() for parameter in encoder.parameters()),
@@ -196,7 +199,7 @@ def make_plan(config: Config, method: nn.Module, make_views: MakeViews, pictures
         image_mib=image / MIB,
         step_mib=(fixed + micro * image) / MIB,
         available_mib=available / MIB,
-        largest_micro_batch=max(0, int((MAY_FILL[stepper.device.type] * available - fixed) // image)),
+        largest_micro_batch=largest,
         images_per_s=rate,
         hours=steps * run.global_batch_size / rate / 3600,
         disk_mib=2 * (weights + moments + exported) / MIB,

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 
+from mimco_deploy.cli import main
 from mimco_deploy.errors import ConfigError, DataError
 from mimco_deploy.training import plan as planning
 from mimco_deploy.training.plan import MIB, DoesNotFitError, Plan, fit_accumulation, fit_to_memory, plan_run
@@ -137,3 +139,14 @@ def test_a_run_is_fitted_first_by_computing_again_and_then_by_dividing(
     assert not caplog.messages
     assert fitted(half * (again.fixed_mib + 5 * again.image_mib)) == (True, 4)
     assert "4 micro-batches of 4" in caplog.text
+
+
+@pytest.mark.parametrize("option", [("--plan",), ("--grad-accum", "auto")])
+def test_several_processes_measure_nothing_together(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: tuple[str, ...]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    arguments = ["--workspace", str(tmp_path), "train", "stage1", "--preset", "vit_tiny_debug", "--batch-size", "8"]
+    done = CliRunner().invoke(main, [*arguments, "--data", str(photos), *option])
+    assert done.exit_code == 1
+    assert f"{' '.join(option)} in several processes" in done.output
