@@ -58,7 +58,7 @@ def encoders(options: argparse.Namespace) -> None:
             runs[f"onnxruntime {precision}"] = encoder.embed
     for variant in torch_variants(spec, options.source, device):
         runs[f"{variant.backend} {variant.precision}"] = variant.load(*variant.arguments)[0]
-    drawn = draw_pictures(DRAWN, spec.image_size_px, spec.crop_share, spec.interpolation, seed=5)
+    drawn = draw_pictures(DRAWN, *spec.geometry, seed=5)
     reference = runs["onnxruntime fp32"](drawn)
     for batch in options.batch:
         images = np.resize(drawn, (batch, *drawn.shape[1:]))

@@ -71,7 +71,7 @@ def run_encoder(bundle: Path, photos: Path) -> float:
     encoder = load_encoder(bundle)
     spec = encoder.spec
     paths = sorted(photos.rglob("*.jpg"))
-    pixels = [read_pixels(path, spec.image_size_px, spec.crop_share, spec.interpolation) for path in paths]
+    pixels = [read_pixels(path, *spec.geometry) for path in paths]
     start = time.perf_counter()
     for first in range(0, len(pixels), BATCH):
         encoder.embed(np.stack(pixels[first : first + BATCH]))
@@ -135,6 +135,7 @@ SPEC = EncoderSpec(
     image_size_px=224,
     crop_share=0.875,
     interpolation="bicubic",
+    crop_mode="center",
     embedding_dim=384,
     pooling="cls",
     patch_grid=0,

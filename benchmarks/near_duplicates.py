@@ -70,7 +70,7 @@ def read_all(folder: Path, most: int) -> list[Image.Image]:
 def embed(encoder: Encoder, pictures: list[Image.Image]) -> npt.NDArray[np.float32]:
     """[N, D]."""
     spec = encoder.spec
-    pixels = [preprocess(one, spec.image_size_px, spec.crop_share, spec.interpolation) for one in pictures]
+    pixels = [preprocess(one, *spec.geometry) for one in pictures]
     return np.concatenate(
         [encoder.embed(np.stack(pixels[start : start + _AT_ONCE])) for start in range(0, len(pixels), _AT_ONCE)]
     )

@@ -30,9 +30,11 @@ import numpy.typing as npt
 from mimco_deploy.atomic import current_dir, write_bytes
 from mimco_deploy.bundle_archive import Unpacked, is_archive, unpack
 from mimco_deploy.errors import BundleError
-from mimco_deploy.preprocess import Interpolation
+from mimco_deploy.preprocess import CropMode, Interpolation
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+_WITHOUT_CROP_MODE = 2
+READABLE = (_WITHOUT_CROP_MODE, FORMAT_VERSION)
 SPEC_FILE = "encoder.json"
 GOLDEN_FILE = "golden.npz"
 PARITY_FILE = "parity.json"
@@ -85,6 +87,8 @@ class EncoderSpec:
     """Side of the centre crop over the short side of the resized picture, in (0, 1]."""
     interpolation: Interpolation
     """Filter of the resize: `bicubic` or `bilinear`, Pillow's."""
+    crop_mode: CropMode
+    """`center`, or `squash` where the picture becomes a square before the crop."""
     embedding_dim: int
     """D, length of an embedding."""
     pooling: str
@@ -101,6 +105,11 @@ class EncoderSpec:
     """Where the teacher of those weights comes from."""
     opset: int
     """ONNX opset of the graphs."""
+
+    @property
+    def geometry(self) -> tuple[int, float, Interpolation, CropMode]:
+        """What `preprocess` takes after a picture."""
+        return self.image_size_px, self.crop_share, self.interpolation, self.crop_mode
 
 
 @dataclass(frozen=True)
@@ -212,7 +221,7 @@ def _read_contract(path: Path) -> tuple[EncoderSpec, dict[str, Precision], dict[
             raise ValueError(f"more than {_MAX_CONTRACT_BYTES:,} bytes")
         document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=without_repeats)
         version = document["format_version"]
-        if version != FORMAT_VERSION:
+        if version not in READABLE:
             raise BundleError(f"{path} has format version {version}", expected=str(FORMAT_VERSION), command=_EXPORT)
         stated = document.pop("checksum")
         if stated != checksum_of(document):
@@ -225,7 +234,8 @@ def _read_contract(path: Path) -> tuple[EncoderSpec, dict[str, Precision], dict[
         raise BundleError(
             f"{path} cannot be read ({error!r})", expected="an encoder contract", command=_EXPORT
         ) from error
-    del document["format_version"]
+    if document.pop("format_version") == _WITHOUT_CROP_MODE:
+        document.setdefault("crop_mode", "center")
     hints = typing.get_type_hints(EncoderSpec)
     wrong = {item.name for item in fields(EncoderSpec)} ^ set(document)
     wrong |= {name for name, value in document.items() if name in hints and not _fits(hints[name], value)}

@@ -1,7 +1,8 @@
 """The one eval-time geometry: RGB picture → uint8 [H, W, 3].
 
-Resize of the short side, then a centre crop, equal bit for bit to torchvision's `Resize` and `CenterCrop` on
-Pillow pictures (and so to timm's evaluation transform). Normalisation is not here: it is part of the exported graph.
+Resize of the short side, or of both where an encoder was trained so, then a centre crop, equal bit for bit to
+torchvision's `Resize` and `CenterCrop` on Pillow pictures (and so to timm's evaluation transform). Normalisation is not
+here: it is part of the exported graph.
 
 Standard library, NumPy and Pillow only.
 """
@@ -20,6 +21,8 @@ from mimco_deploy.errors import ConfigError, ImageError
 from mimco_deploy.images import decode_image, read_image
 
 Interpolation = Literal["bicubic", "bilinear"]
+CropMode = Literal["center", "squash"]
+"""timm's words: whether the picture keeps its proportions, or becomes a square before the crop."""
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 Crop = tuple[float, float, float, float]
 """Left, top, width and height in pixels of the upright picture; or, where none is above 1, as shares of its sides."""
@@ -29,7 +32,11 @@ MAX_ASPECT = 32
 
 
 def preprocess(
-    picture: Image.Image, image_size_px: int, crop_share: float, interpolation: Interpolation = "bicubic"
+    picture: Image.Image,
+    image_size_px: int,
+    crop_share: float,
+    interpolation: Interpolation = "bicubic",
+    crop_mode: CropMode = "center",
 ) -> npt.NDArray[np.uint8]:
     """Bring a picture to the square that an encoder takes.
 
@@ -38,6 +45,7 @@ def preprocess(
         image_size_px: side of the square, ≥ 1.
         crop_share: side of the square over the short side of the resized picture, in (0, 1]; 0.875 gives 256 → 224.
         interpolation: filter of the resize, antialiased as Pillow's are.
+        crop_mode: `center` resizes the short side, `squash` both sides to its length.
 
     Returns:
         Pixels uint8 [image_size_px, image_size_px, 3].
@@ -52,7 +60,11 @@ def preprocess(
         raise ConfigError(
             f"image size {image_size_px} px with crop share {crop_share}", expected="a size ≥ 1 and a share in (0, 1]"
         )
-    resized = _resize(_without_far_ends(picture), _short_side(image_size_px, crop_share), _FILTERS[interpolation])
+    short_px, resampling = _short_side(image_size_px, crop_share), _FILTERS[interpolation]
+    if crop_mode == "squash":
+        resized = picture.resize((short_px, short_px), resampling)
+    else:
+        resized = _resize(_without_far_ends(picture), short_px, resampling)
     # Python's round, half to even, is what torchvision uses.
     left = round((resized.width - image_size_px) / 2)
     top = round((resized.height - image_size_px) / 2)
@@ -65,6 +77,7 @@ def decode_pixels(
     image_size_px: int,
     crop_share: float,
     interpolation: Interpolation,
+    crop_mode: CropMode = "center",
     crop: Crop | None = None,
 ) -> npt.NDArray[np.uint8]:
     """An encoded picture, or a part of it, as the pixels that an encoder takes: `decode_image`, then `preprocess`.
@@ -77,15 +90,20 @@ def decode_pixels(
         ConfigError: the crop lies outside of it.
     """
     picture = decode_image(content, name, None if crop else _short_side(image_size_px, crop_share))
-    return preprocess(cut(picture, crop), image_size_px, crop_share, interpolation)
+    return preprocess(cut(picture, crop), image_size_px, crop_share, interpolation, crop_mode)
 
 
 def read_pixels(
-    path: Path, image_size_px: int, crop_share: float, interpolation: Interpolation, crop: Crop | None = None
+    path: Path,
+    image_size_px: int,
+    crop_share: float,
+    interpolation: Interpolation,
+    crop_mode: CropMode = "center",
+    crop: Crop | None = None,
 ) -> npt.NDArray[np.uint8]:
     """A picture on the disk, or a part of it, as `decode_pixels` gives it."""
     picture = read_image(path, None if crop else _short_side(image_size_px, crop_share))
-    return preprocess(cut(picture, crop), image_size_px, crop_share, interpolation)
+    return preprocess(cut(picture, crop), image_size_px, crop_share, interpolation, crop_mode)
 
 
 def cut(picture: Image.Image, crop: Crop | None) -> Image.Image:
@@ -110,16 +128,22 @@ def cut(picture: Image.Image, crop: Crop | None) -> Image.Image:
     return picture.crop((left, top, right, bottom))
 
 
-def seen_box(width: int, height: int, crop_share: float, crop: Crop | None = None) -> Crop:
+def seen_box(
+    width: int, height: int, crop_share: float, crop_mode: CropMode = "center", crop: Crop | None = None
+) -> Crop:
     """The part of a picture that `preprocess` lets an encoder see, as shares of its sides; to a pixel or so.
 
     Args:
         width: of the upright picture in pixels.
         height: the same.
         crop_share: of the encoder.
+        crop_mode: of the encoder.
         crop: as shares; what was cut out before.
     """
     left, top, wide, high = crop or (0.0, 0.0, 1.0, 1.0)
+    if crop_mode == "squash":
+        lost = (1 - crop_share) / 2
+        return left + lost * wide, top + lost * high, crop_share * wide, crop_share * high
     side = crop_share * min(wide * width, high * height)
     seen = (side / width, side / height)
     return left + (wide - seen[0]) / 2, top + (high - seen[1]) / 2, seen[0], seen[1]

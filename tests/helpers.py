@@ -33,6 +33,7 @@ def tiny_spec(fingerprint: str = "f" * 64) -> EncoderSpec:
         image_size_px=SIDE,
         crop_share=1.0,
         interpolation="bicubic",
+        crop_mode="center",
         embedding_dim=DIM,
         pooling="mean",
         patch_grid=0,

@@ -64,6 +64,7 @@ class RawPixels:
         image_size_px=RAW_SIDE_PX,
         crop_share=CROP_SHARE,
         interpolation="bicubic",
+        crop_mode="center",
         embedding_dim=RAW_SIDE_PX * RAW_SIDE_PX * 3,
         pooling="none",
         patch_grid=0,

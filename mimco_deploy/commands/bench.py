@@ -69,11 +69,10 @@ def bench(
     if pick:
         benching.check_can_pick(path)
     spec = bundle.spec
-    geometry = (spec.image_size_px, spec.crop_share, spec.interpolation)
     pictures = (
-        draw_pictures(benching.DRAWN_PICTURES, *geometry)
+        draw_pictures(benching.DRAWN_PICTURES, *spec.geometry)
         if check is None
-        else sample_folder(check, benching.SAMPLED_PICTURES, *geometry)
+        else sample_folder(check, benching.SAMPLED_PICTURES, *spec.geometry)
     )
     devices = benching.devices_here() if device == "auto" else ["cpu", "tensorrt"] if device == "tensorrt" else [device]
     variants = benching.bundle_variants(path, bundle, devices)

@@ -131,12 +131,7 @@ def embed_copies(
         pixels = []
         for picture in some:
             upright = picture.decode(side_px)
-            pixels += [
-                preprocess(
-                    edit_picture(upright, name, picture.name), spec.image_size_px, spec.crop_share, spec.interpolation
-                )
-                for name in EDITS
-            ]
+            pixels += [preprocess(edit_picture(upright, name, picture.name), *spec.geometry) for name in EDITS]
         found = embed_finite(encoder, np.stack(pixels)).reshape(len(some), len(EDITS), -1)
         for number, name in enumerate(EDITS):
             rows[name].append(found[:, number])

@@ -77,6 +77,6 @@ def _embed_queries(encoder: Encoder, truth: GroundTruth, by_name: dict[str, Pict
     for name, box in zip(truth.queries, truth.boxes, strict=True):
         picture = by_name[name].decode(_WHOLE)
         part = cut(picture, None if box is None else (box[0], box[1], box[2] - box[0], box[3] - box[1]))
-        pixels = preprocess(part, spec.image_size_px, spec.crop_share, spec.interpolation)
+        pixels = preprocess(part, *spec.geometry)
         rows.append(embed_finite(encoder, pixels[None]))
     return np.concatenate(rows)

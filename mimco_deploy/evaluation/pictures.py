@@ -56,7 +56,7 @@ def embed_pictures(encoder: Encoder, pictures: Sequence[Picture], tell: Tell = l
 
     def read(picture: Picture) -> Pixels | ImageError:
         try:
-            return decode_pixels(picture.read(), picture.name, spec.image_size_px, spec.crop_share, spec.interpolation)
+            return decode_pixels(picture.read(), picture.name, *spec.geometry)
         except ImageError as error:
             return error
 

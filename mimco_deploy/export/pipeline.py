@@ -250,6 +250,7 @@ def _describe(module: EncoderModule, source: Source, licence: str | None, golden
         image_size_px=config.image_size_px,
         crop_share=geometry.crop_share,
         interpolation=geometry.interpolation,
+        crop_mode=geometry.crop_mode,
         embedding_dim=golden.embeddings.shape[1],
         pooling=source.pooling,
         patch_grid=module.backbone.grid if module.with_patches else 0,

@@ -126,7 +126,10 @@ def try_out(backbone: Backbone, name: str) -> None:
 def fingerprint(module: EncoderModule) -> str:
     """SHA-256 over all that decides an embedding: weights, architecture, pooling and geometry."""
     backbone = module.backbone
-    contract = {**asdict(backbone.config), **backbone.geometry._asdict(), "pooling": module.pooling}
+    geometry = backbone.geometry._asdict()
+    if geometry["crop_mode"] == "center":  # as all had before it was one of several
+        del geometry["crop_mode"]
+    contract = {**asdict(backbone.config), **geometry, "pooling": module.pooling}
     if backbone.built_with:
         contract["built_with"] = backbone.built_with
     weights = weights_hash(backbone.state_dict())

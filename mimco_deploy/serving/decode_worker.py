@@ -34,9 +34,11 @@ from PIL import Image
 
 from mimco_deploy.errors import ConfigError, ImageError
 from mimco_deploy.images import MAX_BYTES, decode_image, read_facts
-from mimco_deploy.preprocess import Crop, Interpolation, decode_pixels
+from mimco_deploy.preprocess import Crop, CropMode, Interpolation, decode_pixels
 from mimco_deploy.serving.scan import stamp_of
 
+Geometry = tuple[int, float, Interpolation, CropMode]
+"""See `EncoderSpec.geometry`."""
 REQUEST = struct.Struct("<BI4d")
 """Flags; longest side of a thumbnail, or 0 for pixels; crop, of width 0 for none."""
 HASH, CONTENT = 1, 2
@@ -72,13 +74,11 @@ def read_frame(file: IO[bytes]) -> bytes:
     return content
 
 
-def main(image_size_px: int, crop_share: float, interpolation: Interpolation, limit_s: float, limit_mib: int) -> None:
+def main(geometry: Geometry, limit_s: float, limit_mib: int) -> None:
     """Read files until nobody asks any more.
 
     Args:
-        image_size_px: of the encoder.
-        crop_share: of the encoder.
-        interpolation: of the encoder.
+        geometry: of the encoder.
         limit_s: after which a file is given up, with the process.
         limit_mib: memory that the process may take.
     """
@@ -97,11 +97,11 @@ def main(image_size_px: int, crop_share: float, interpolation: Interpolation, li
         while True:
             request = read_frame(asked)
             signal.setitimer(signal.ITIMER_REAL, limit_s)
-            _serve(request, asked, answers, (image_size_px, crop_share, interpolation))
+            _serve(request, asked, answers, geometry)
             signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def _serve(request: bytes, asked: IO[bytes], answers: IO[bytes], geometry: tuple[int, float, Interpolation]) -> None:
+def _serve(request: bytes, asked: IO[bytes], answers: IO[bytes], geometry: Geometry) -> None:
     stamp = _NO_STAMP
     name = "picture" if request[0] & CONTENT else os.fsdecode(request[REQUEST.size :])
     try:
@@ -137,7 +137,7 @@ def _answer(
     stamp: bytes,
     asked: IO[bytes],
     answers: IO[bytes],
-    geometry: tuple[int, float, Interpolation],
+    geometry: Geometry,
 ) -> None:
     flags, thumbnail_px, *box = REQUEST.unpack_from(request)
     if thumbnail_px:
@@ -167,4 +167,6 @@ def _refuse(answers: IO[bytes], stamp: bytes, problem: str, found: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), float(sys.argv[2]), cast(Interpolation, sys.argv[3]), float(sys.argv[4]), int(sys.argv[5]))
+    side_px, share, how, mode, *limits = sys.argv[1:]
+    geometry = (int(side_px), float(share), cast(Interpolation, how), cast(CropMode, mode))
+    main(geometry, float(limits[0]), int(limits[1]))

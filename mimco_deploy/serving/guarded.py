@@ -213,7 +213,7 @@ class _Worker:
     """One process and the pipes to it. Used by one thread at a time."""
 
     def __init__(self, spec: EncoderSpec, limits: Limits) -> None:
-        geometry = [str(spec.image_size_px), repr(spec.crop_share), spec.interpolation]
+        geometry = map(str, spec.geometry)
         command = [sys.executable, "-P", "-m", "mimco_deploy.serving.decode_worker", *geometry]
         # -P keeps the current folder, which may be one of pictures, from being searched for modules; so this package
         # has to be named. One thread: pictures are decoded side by side already.

@@ -46,10 +46,9 @@ def query_pixels(part: Part, spec: EncoderSpec) -> npt.NDArray[np.uint8]:
         ImageError: it is no picture.
         ConfigError: the crop lies outside of it.
     """
-    geometry = (spec.image_size_px, spec.crop_share, spec.interpolation)
     if isinstance(part.picture, bytes):
-        return decode_pixels(part.picture, "query", *geometry, part.crop)
-    return read_pixels(part.picture, *geometry, part.crop)
+        return decode_pixels(part.picture, "query", *spec.geometry, part.crop)
+    return read_pixels(part.picture, *spec.geometry, part.crop)
 
 
 def query_embedding(

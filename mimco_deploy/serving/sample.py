@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from mimco_deploy.drawings import KINDS, draw
 from mimco_deploy.errors import ConfigError, ImageError
-from mimco_deploy.preprocess import Interpolation, preprocess, read_pixels
+from mimco_deploy.preprocess import CropMode, Interpolation, preprocess, read_pixels
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,12 @@ _MAX_DRAWN_PX = 160
 
 
 def draw_pictures(
-    count: int, image_size_px: int, crop_share: float, interpolation: Interpolation, seed: int = _SEED
+    count: int,
+    image_size_px: int,
+    crop_share: float,
+    interpolation: Interpolation,
+    crop_mode: CropMode = "center",
+    seed: int = _SEED,
 ) -> Pixels:
     """Drawn pictures, kind by kind in turn, as an encoder of that geometry takes them.
 
@@ -31,11 +36,16 @@ def draw_pictures(
     """
     drawn_px = min(2 * image_size_px, _MAX_DRAWN_PX)
     pictures = (draw(KINDS[n % len(KINDS)], seed + n // len(KINDS), drawn_px) for n in range(count))
-    return np.stack([preprocess(picture, image_size_px, crop_share, interpolation) for picture in pictures])
+    return np.stack([preprocess(picture, image_size_px, crop_share, interpolation, crop_mode) for picture in pictures])
 
 
 def sample_folder(
-    folder: Path, count: int, image_size_px: int, crop_share: float, interpolation: Interpolation
+    folder: Path,
+    count: int,
+    image_size_px: int,
+    crop_share: float,
+    interpolation: Interpolation,
+    crop_mode: CropMode = "center",
 ) -> Pixels:
     """Up to `count` pictures of a folder and all below it, taken at random but always the same.
 
@@ -55,7 +65,7 @@ def sample_folder(
         if len(pixels) == count:
             break
         try:
-            pixels.append(read_pixels(path, image_size_px, crop_share, interpolation))
+            pixels.append(read_pixels(path, image_size_px, crop_share, interpolation, crop_mode))
         except ImageError:
             refused += 1
     if not pixels:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mimco_deploy.errors import ConfigError
-from mimco_deploy.preprocess import Interpolation
+from mimco_deploy.preprocess import CropMode, Interpolation
 from mimco_deploy.training.config import BackboneConfig
 from mimco_deploy.training.vit import init_as_mocov3
 
@@ -42,6 +42,7 @@ class Geometry(NamedTuple):
 
     crop_share: float = CROP_SHARE
     interpolation: Interpolation = "bicubic"
+    crop_mode: CropMode = "center"
 
 
 class Features(NamedTuple):
@@ -329,6 +330,7 @@ def save_as_timm(backbone: Backbone, folder: Path) -> None:
         "std": backbone.config.std,
         "crop_pct": backbone.geometry.crop_share,
         "interpolation": backbone.geometry.interpolation,
+        "crop_mode": backbone.geometry.crop_mode,
     }
     save_for_hf(
         backbone.body,

@@ -167,7 +167,9 @@ def build_classifier(config: Config, classes: int, resume: SavedRun | None = Non
     if resume is not None:
         encoder = Backbone(wanted)
         encoder.licence = resume.progress.licence
-        encoder.geometry = Geometry(resume.progress.crop_share, resume.progress.interpolation)
+        encoder.geometry = Geometry(
+            resume.progress.crop_share, resume.progress.interpolation, resume.progress.crop_mode
+        )
     else:
         loaded, _ = load_teacher(config.encoder)
         encoder = Backbone(dataclasses.replace(loaded.config, drop_path=wanted.drop_path))

@@ -27,7 +27,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from mimco_deploy.errors import CheckpointError, ConfigError
-from mimco_deploy.preprocess import Interpolation
+from mimco_deploy.preprocess import CropMode, Interpolation
 from mimco_deploy.training.backbone import CROP_SHARE, UNSTATED, Backbone, Geometry
 from mimco_deploy.training.checkpoint import is_checkpoint, load_encoder, load_strictly, read_checkpoint
 from mimco_deploy.training.config import BackboneConfig
@@ -180,14 +180,15 @@ def _built_with(name: str) -> str:
 
 def _geometry(name: str, cfg: dict[str, Any]) -> Geometry:
     """How timm prepares pictures for a model."""
-    mode = cfg.get("crop_mode") or "center"
+    mode: Any = cfg.get("crop_mode") or "center"
     interpolation: Any = cfg.get("interpolation") or "bicubic"
-    if mode != "center":
+    if mode not in typing.get_args(CropMode):
         logger.warning("timm shows %s pictures by %s; mimco crops their centre", name, mode)
+        mode = "center"
     if interpolation not in typing.get_args(Interpolation):
         logger.warning("timm resizes for %s by %s; mimco by bicubic", name, interpolation)
         interpolation = "bicubic"
-    return Geometry(cfg.get("crop_pct") or CROP_SHARE, interpolation)
+    return Geometry(cfg.get("crop_pct") or CROP_SHARE, interpolation, mode)
 
 
 class _Inert:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mimco_deploy.atomic import current_dir, staged_dir
 from mimco_deploy.errors import CheckpointError
-from mimco_deploy.preprocess import Interpolation
+from mimco_deploy.preprocess import CropMode, Interpolation
 from mimco_deploy.training.backbone import CROP_SHARE, Backbone, save_as_timm
 from mimco_deploy.training.finetune_config import FinetuneConfig, LinearConfig
 from mimco_deploy.training.settings import from_document, to_document
@@ -49,6 +49,7 @@ class Progress:
     crop_share: float = CROP_SHARE
     """Of that encoder's geometry, as the next; runs from before 2026-11-27 were measured with these."""
     interpolation: Interpolation = "bicubic"
+    crop_mode: CropMode = "center"
     loss_sum: float = 0.0
     """Over the steps of the epoch under way."""
     seconds: float = 0.0

@@ -38,7 +38,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 def expected(bundle: Bundle, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Pictures, and what fp32 on the CPU makes of them."""
     spec = bundle.spec
-    images = draw_pictures(count, spec.image_size_px, spec.crop_share, spec.interpolation, seed=77)
+    images = draw_pictures(count, *spec.geometry, seed=77)
     return images, load_encoder(bundle.path, "cpu", strict=True, precision="fp32").embed(images)
 
 

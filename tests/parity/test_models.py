@@ -20,7 +20,7 @@ from mimco_deploy.drawings import KINDS, draw
 from mimco_deploy.errors import CheckpointError, ConfigError
 from mimco_deploy.export.pipeline import ExportOptions, export_encoder
 from mimco_deploy.export.student import EncoderModule, fingerprint, from_model
-from mimco_deploy.preprocess import preprocess
+from mimco_deploy.preprocess import preprocess, read_pixels
 from mimco_deploy.serving.encoders import load_encoder
 from mimco_deploy.serving.encoders.onnx import OnnxEncoder
 
@@ -89,7 +89,7 @@ def test_a_model_of_timm_embeds_files_as_timm_does(name: str, photos: list[Path]
     spec = exported.spec
     assert (spec.architecture, spec.image_size_px) == (name, side_of(name))
     encoder = load_encoder(tmp_path / "encoder")
-    pixels = [preprocess(Image.open(path), spec.image_size_px, spec.crop_share, spec.interpolation) for path in photos]
+    pixels = [preprocess(Image.open(path), *spec.geometry) for path in photos]
     np.testing.assert_allclose(
         encoder.embed(np.stack(pixels)), as_timm_embeds(model, spec.image_size_px, photos), atol=2e-5
     )
@@ -109,11 +109,22 @@ def test_the_models_own_crop_filter_and_statistics_are_kept(photos: list[Path], 
     model = folder_of("resnet10t", tmp_path / "timm", **changes)
     spec = export_encoder(from_model(str(tmp_path / "timm")), tmp_path / "encoder").spec
     assert (spec.crop_share, spec.interpolation) == (0.95, "bilinear")
-    pixels = np.stack(
-        [preprocess(Image.open(path), spec.image_size_px, spec.crop_share, spec.interpolation) for path in photos]
-    )
+    pixels = np.stack([preprocess(Image.open(path), *spec.geometry) for path in photos])
     found = load_encoder(tmp_path / "encoder").embed(pixels)
     np.testing.assert_allclose(found, as_timm_embeds(model, spec.image_size_px, photos, **changes), atol=2e-5)
+
+
+def test_a_model_that_is_shown_whole_pictures_squashed_is_shown_them_so(photos: list[Path], tmp_path: Path) -> None:
+    """As those of timm at 384 px."""
+    changes = {"crop_pct": 1.0, "crop_mode": "squash"}
+    model = folder_of("convnext_atto", tmp_path / "timm", **changes)
+    spec = export_encoder(from_model(str(tmp_path / "timm")), tmp_path / "encoder").spec
+    assert (spec.crop_share, spec.crop_mode) == (1.0, "squash")
+    pixels = np.stack([read_pixels(path, *spec.geometry) for path in photos])
+    found = load_encoder(tmp_path / "encoder").embed(pixels)
+    np.testing.assert_allclose(found, as_timm_embeds(model, spec.image_size_px, photos, **changes), atol=2e-5)
+    centred = np.stack([read_pixels(path, *spec.geometry[:3]) for path in photos])
+    assert not np.array_equal(pixels, centred)
 
 
 def test_another_image_size_is_interpolated_once(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from mimco_deploy.bundle import (
     MODEL_FILES,
     SPEC_FILE,
     TOLERANCES,
+    checksum_of,
     read_bundle,
     write_contract,
 )
@@ -104,6 +105,19 @@ def test_a_contract_that_is_none_is_refused(folder: Path, content: bytes) -> Non
     (folder / SPEC_FILE).write_bytes(content)
     with pytest.raises(BundleError, match="cannot be read"):
         read_bundle(folder)
+
+
+def test_a_bundle_from_before_crop_modes_crops_the_centre(folder: Path) -> None:
+    document = json.loads((folder / SPEC_FILE).read_text(encoding="utf-8"))
+    assert document.pop("crop_mode") == "center"
+    document = {**document, "format_version": 2}
+    del document["checksum"]
+    (folder / SPEC_FILE).write_text(json.dumps({**document, "checksum": checksum_of(document)}), encoding="utf-8")
+    spec = read_bundle(folder).spec
+    assert spec.crop_mode == "center"
+    write_contract(folder, spec)
+    assert json.loads((folder / SPEC_FILE).read_text(encoding="utf-8"))["format_version"] == FORMAT_VERSION
+    assert read_bundle(folder).spec == spec
 
 
 def test_another_format_version_is_named(folder: Path) -> None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from timm.data.transforms_factory import create_transform
 
 from mimco_deploy.errors import ConfigError, ImageError
 from mimco_deploy.images import read_image
-from mimco_deploy.preprocess import MAX_ASPECT, preprocess
+from mimco_deploy.preprocess import MAX_ASPECT, Interpolation, preprocess, seen_box
 
 
 def _noise(width: int, height: int) -> Image.Image:
@@ -60,6 +62,24 @@ def test_any_size_gives_a_square_by_torchvisions_rule(width: int, height: int, s
     assert pixels.dtype == np.uint8
     if max(width, height) <= MAX_ASPECT * min(width, height):
         assert np.array_equal(pixels, _torchvision_rule(picture, size, math.floor(size / crop_share)))
+
+
+@pytest.mark.parametrize(("width", "height"), [(90, 60), (60, 90), (64, 64), (7, 200), (4000, 1)])
+@pytest.mark.parametrize(("crop_share", "interpolation"), [(1.0, "bicubic"), (0.875, "bilinear"), (0.95, "bicubic")])
+def test_a_squashed_picture_is_that_of_timm(
+    width: int, height: int, crop_share: float, interpolation: Interpolation
+) -> None:
+    picture = _noise(width, height)
+    make: Any = create_transform
+    transform = make((3, 48, 48), crop_pct=crop_share, crop_mode="squash", interpolation=interpolation, normalize=False)
+    expected = np.asarray(transform(picture)).transpose(1, 2, 0)  # uint8
+    np.testing.assert_array_equal(preprocess(picture, 48, crop_share, interpolation, "squash"), expected)
+
+
+def test_what_is_seen_of_a_squashed_picture_is_its_middle() -> None:
+    assert seen_box(200, 50, 0.8, "squash") == pytest.approx((0.1, 0.1, 0.8, 0.8))
+    assert seen_box(200, 50, 0.8, "squash", (0.5, 0.0, 0.5, 0.5)) == pytest.approx((0.55, 0.05, 0.4, 0.4))
+    assert seen_box(200, 50, 0.8) == pytest.approx((0.4, 0.1, 0.2, 0.8))
 
 
 @pytest.mark.parametrize(("width", "height"), [(4000, 1), (1, 4000), (65_535, 1), (3, 20_001), (20_000, 2)])

@@ -335,11 +335,11 @@ class Service:
             hit = await self._decode_file(now, path, None)
             (reason,) = await now.batcher.alone(lambda: explain_pixels(now.encoder, _pixels(query), [_pixels(hit)]))
         assert reason is not None
-        share = now.encoder.spec.crop_share
+        spec = now.encoder.spec
         return schemas.Why(
             score=reason.score,
-            query=_seen(query, reason, share, request.query.crop, of_query=True),
-            hit=_seen(hit, reason, share, None, of_query=False),
+            query=_seen(query, reason, spec, request.query.crop, of_query=True),
+            hit=_seen(hit, reason, spec, None, of_query=False),
         )
 
     async def _stored(self, now: _Running, part: schemas.QueryPart) -> npt.NDArray[np.float32]:
@@ -483,9 +483,9 @@ def _hit(hit: Hit) -> schemas.Hit:
 
 
 def _seen(
-    content: Content, reason: Reason, crop_share: float, crop: Crop | None, *, of_query: bool
+    content: Content, reason: Reason, spec: EncoderSpec, crop: Crop | None, *, of_query: bool
 ) -> schemas.SeenPart:
     facts = content.facts
-    box = seen_box(facts.width_px or 1, facts.height_px or 1, crop_share, crop)
+    box = seen_box(facts.width_px or 1, facts.height_px or 1, spec.crop_share, spec.crop_mode, crop)
     heat = reason.query_heat if of_query else reason.hit_heat
     return schemas.SeenPart(box=box, heat=np.round(heat.astype(np.float64), 4).tolist())

@@ -551,7 +551,7 @@ def test_content_is_decoded_as_the_file_that_holds_it(shared_pool: DecodePool, t
     path = wide(tmp_path / "one.png")
     crop = (0.1, 0.0, 0.5, 1.0)
     of_file, of_content = shared_pool.read(path, crop=crop), shared_pool.decode(path.read_bytes(), crop)
-    expected = read_pixels(path, SIDE, 1.0, "bicubic", crop)
+    expected = read_pixels(path, SIDE, 1.0, "bicubic", crop=crop)
     assert of_file.pixels is not None
     assert of_content.pixels is not None
     np.testing.assert_array_equal(of_file.pixels, expected)
