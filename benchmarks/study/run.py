@@ -141,6 +141,12 @@ def student_config(row: Row, seed: int, arguments: argparse.Namespace) -> Stage2
     return dataclasses.replace(config, teacher=str(teacher)) if row.method in WITH_TEACHER else config
 
 
+def differing(first: object, second: object) -> list[str]:
+    """The sections in which two runs' settings differ."""
+    names = [item.name for item in dataclasses.fields(second)]  # type: ignore[arg-type]
+    return [name for name in names if getattr(first, name, None) != getattr(second, name)]
+
+
 def train_row(config: Stage2Config, folder: Path) -> Checkpoint:
     """Train one student, or go on with one that was interrupted."""
 
@@ -151,6 +157,8 @@ def train_row(config: Stage2Config, folder: Path) -> Checkpoint:
 
     last = folder / LAST
     resume = read_checkpoint(last) if last.exists() else None
+    if resume is not None and (differ := differing(resume.config, config)):
+        sys.exit(f"{last} was trained with other {', '.join(differ)}: move it away, or name another --out")
     if resume is None or resume.step < resume.total_steps:
         train_stage2(resume.config if resume else config, folder, resume=resume, on_step=say)  # type: ignore[arg-type]
     return read_checkpoint(last)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.study.rows import ROWS, TABLES
+from mimco_deploy.evaluation.measures import mean_of
 
 TITLES = {"pixels": "raw 16 × 16 pixels", "random": "random weights", "teacher": "the teacher: MoCo v3, CLS token"}
 COLUMNS = {
@@ -30,6 +31,7 @@ COLUMNS = {
     "rank": ("tiny-imagenet", "spread", "effective rank"),
 }
 """Where each is found; `tiny-imagenet` alone is by the pooling that the encoder ships with."""
+SHARES = {("knn", "top-1, k 20"), ("linear", "top-1"), ("finetune", "top-1"), ("retrieval", "recall@1")}
 
 
 def read(folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -57,15 +59,25 @@ def find(document: dict[str, Any], part: str, protocol: str, name: str) -> dict[
     return None
 
 
+def interval(measure: dict[str, Any], protocol: str, name: str) -> tuple[float, float]:
+    """Over the pictures. Of shares Wilson's, also where older results have that of a bootstrap."""
+    if (protocol, name) in SHARES:
+        right = round(measure["value"] * measure["count"])
+        again = mean_of(protocol, name, [1.0] * right + [0.0] * (measure["count"] - right))
+        return again.low, again.high
+    return measure["low"], measure["high"]
+
+
 def cell(documents: list[dict[str, Any]], part: str, protocol: str, name: str) -> str:
     """Mean ± standard deviation of the seeds; of a single one with its interval over the pictures."""
     found = [measure for document in documents if (measure := find(document, part, protocol, name)) is not None]
     if not found:
         return "–"
     values = [measure["value"] for measure in found]
+    low, high = interval(found[0], protocol, name)
     digits = 1 if name == "effective rank" else 3
     if len(values) == 1:
-        return f"{values[0]:.{digits}f} ({found[0]['low']:.{digits}f} to {found[0]['high']:.{digits}f})"
+        return f"{values[0]:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
     return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 

@@ -27,6 +27,8 @@ SIDE_PX = 512
 """Pictures are edited at this short side, or the encoder's where that is larger: a JPEG of a 12-megapixel photo would
 take longer than all else."""
 _BLOCK = 256
+_MAX_JPEG_PX = 65_500
+"""Longer sides its library refuses."""
 
 
 def _crop(share: float) -> Edit:
@@ -44,7 +46,8 @@ def _flip(picture: Image.Image, _: np.random.Generator) -> Image.Image:
 
 def _jpeg(picture: Image.Image, _: np.random.Generator) -> Image.Image:
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=20)
+    width, height = (min(side, _MAX_JPEG_PX) for side in picture.size)
+    picture.crop((0, 0, width, height)).save(buffer, "JPEG", quality=20)
     return Image.open(buffer).convert("RGB")
 
 

@@ -15,7 +15,7 @@ from mimco_deploy.evaluation.few_shot import SHOTS, few_shot
 from mimco_deploy.evaluation.knn import knn_accuracies
 from mimco_deploy.evaluation.label_free import alignment, spread
 from mimco_deploy.evaluation.linear import obstacle_to_probing, probe
-from mimco_deploy.evaluation.measures import Measure, mean_of
+from mimco_deploy.evaluation.measures import Measure, mean_of, mean_over_draws
 from mimco_deploy.evaluation.pictures import (
     Embedded,
     Labels,
@@ -114,6 +114,7 @@ def evaluate(
     }
     voters = embed_pictures(encoder, train, tell("pictures that vote")) if train else None
     found = Evaluation(name, about, embed_pictures(encoder, pictures, tell("pictures")), voters, classes)
+    chosen = _still_possible(chosen, found)
     if voters is not None:
         found.measures.extend(_by_votes(chosen, found, voters, recall_ks))
     elif "retrieval" in chosen:
@@ -153,6 +154,23 @@ def _choose(
     return chosen
 
 
+def _still_possible(chosen: Sequence[Protocol], found: Evaluation) -> Sequence[Protocol]:
+    """What the pictures that could be read allow: one that could not costs its protocol, and not the others.
+
+    Raises:
+        EvaluationError: nothing is left.
+    """
+    train = found.voters.pictures if found.voters else ()
+    classes = sorted({str(picture.label) for picture in train or found.pictures.pictures}) if found.classes else ()
+    reasons = {protocol: _obstacle(protocol, found.pictures.pictures, train, classes) for protocol in chosen}
+    for reason in filter(None, reasons.values()):
+        logger.warning("left out: %s", reason)
+    left = [protocol for protocol, reason in reasons.items() if reason is None]
+    if not left and (first := next(filter(None, reasons.values()), None)) is not None:
+        raise first
+    return left
+
+
 def _obstacle(
     protocol: Protocol, pictures: Sequence[Picture], train: Sequence[Picture], classes: Sequence[str]
 ) -> MimcoError | None:
@@ -186,7 +204,7 @@ def _by_votes(
     if "few-shot" in protocols:
         for shots in SHOTS:
             right = few_shot(gallery, labels, queries, truth, shots)
-            measures.append(mean_of("few-shot", f"top-1, {shots} a class", right))
+            measures.append(mean_over_draws("few-shot", f"top-1, {shots} a class", right))
     if "retrieval" in protocols:
         measures.extend(_retrieved(retrieval(queries, truth, gallery, labels, recall_ks)))
     return measures

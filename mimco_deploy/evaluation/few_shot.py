@@ -18,7 +18,7 @@ _SEED = 0
 def few_shot(
     gallery: Floats, labels: Labels, queries: Floats, truth: Labels, shots: int, tries: int = TRIES
 ) -> npt.NDArray[np.float64]:
-    """How often each query is right over several draws of examples.
+    """Which queries are right, over several draws of examples.
 
     Args:
         gallery: [N, D], L2-normalised.
@@ -29,7 +29,7 @@ def few_shot(
         tries: draws.
 
     Returns:
-        [Q], the share of tries in which the mean of the true class was nearest.
+        [tries, Q], 1 where the mean of the true class was nearest, else 0.
 
     Raises:
         EvaluationError: fewer than two classes.
@@ -41,9 +41,9 @@ def few_shot(
         raise EvaluationError(f"{len(classes)} class for few-shot classification", expected="two or more")
     rng = np.random.default_rng(_SEED)
     members = [np.flatnonzero(labels == label) for label in classes]
-    right = np.zeros(len(queries))
-    for _ in range(tries):
+    right = np.zeros((tries, len(queries)))
+    for draw in range(tries):
         means = np.stack([gallery[rng.permutation(rows)[:shots]].mean(axis=0) for rows in members])
         means /= np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
-        right += classes[(queries @ means.T).argmax(axis=1)] == truth
-    return right / tries
+        right[draw] = classes[(queries @ means.T).argmax(axis=1)] == truth
+    return right

@@ -39,8 +39,11 @@ _DATA_OPCODES = frozenset(
         *("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"),
         *("BINPUT", "LONG_BINPUT", "MEMOIZE", "BINGET", "LONG_BINGET"),
         *("GLOBAL", "STACK_GLOBAL", "REDUCE", "BUILD"),
+        # Protocol 0, Python 2's default: the same as lines of text.
+        *("INT", "LONG", "FLOAT", "STRING", "UNICODE", "LIST", "DICT", "PUT", "GET"),
     }
 )
+_PUTS = ("PUT", "BINPUT", "LONG_BINPUT")
 _NUMBERS = frozenset({"i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f4", "f8"})
 _EXPECTED = "gnd_roxford5k.pkl or gnd_rparis6k.pkl as published, or the same as .json"
 
@@ -265,9 +268,9 @@ def _unpickle(content: bytes) -> object:
     for opcode, argument, _ in pickletools.genops(content):
         if opcode.name not in _DATA_OPCODES:
             raise EvaluationError(f"it has the instruction {opcode.name}, which data has no use for")
-        if opcode.name in ("BINPUT", "LONG_BINPUT") and (not isinstance(argument, int) or argument > kept):
+        if opcode.name in _PUTS and (not isinstance(argument, int) or argument > kept):
             raise EvaluationError("it counts wrongly what it keeps")
-        kept += opcode.name in ("BINPUT", "LONG_BINPUT", "MEMOIZE")
+        kept += opcode.name in (*_PUTS, "MEMOIZE")
         tuples += "TUPLE" in opcode.name
     if tuples > _MAX_TUPLES:
         raise EvaluationError(f"it has more than {_MAX_TUPLES} tuples")

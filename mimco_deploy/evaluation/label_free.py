@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from mimco_deploy.errors import EvaluationError
 from mimco_deploy.evaluation.measures import Measure, mean_of, statistic_of
+from mimco_deploy.evaluation.retrieval import BLOCK_SCORES
 
 Embeddings = npt.NDArray[np.float32]
 Floats = npt.NDArray[np.float64]
@@ -112,9 +113,10 @@ def neighbour_agreement(first: Embeddings, second: Embeddings, k: int = NEIGHBOU
 def _nearest(embeddings: Embeddings, k: int) -> npt.NDArray[np.int64]:
     """[N, k], the nearest others of each row, in no order."""
     nearest = np.empty((len(embeddings), k), np.int64)
-    for start in range(0, len(embeddings), 1024):
-        cosines = embeddings[start : start + 1024] @ embeddings.T
+    rows_at_once = max(1, BLOCK_SCORES // len(embeddings))
+    for start in range(0, len(embeddings), rows_at_once):
+        cosines = embeddings[start : start + rows_at_once] @ embeddings.T
         rows = np.arange(len(cosines))
         cosines[rows, start + rows] = -np.inf
-        nearest[start : start + 1024] = np.argpartition(-cosines, k - 1, axis=1)[:, :k]
+        nearest[start : start + len(rows)] = np.argpartition(-cosines, k - 1, axis=1)[:, :k]
     return nearest

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -77,10 +77,39 @@ def mean_of(protocol: str, name: str, values: npt.ArrayLike, chosen: str = "") -
     if not len(known):
         return Measure(protocol=protocol, name=name, value=np.nan, low=np.nan, high=np.nan, count=0, values=array)
     value, count = float(known.mean()), len(known)
-    low, high = _wilson(value, count) if np.isin(known, (0.0, 1.0)).all() else _interval(_resampled_means(known))
+    if np.isin(known, (0.0, 1.0)).all():
+        low, high = _wilson(value, count)
+    elif np.ptp(known) == 0 and value != 0:  # a bootstrap of what is all the same would call it certain
+        low, high = np.nan, np.nan
+    else:
+        low, high = _interval(_resampled_means(known))
     return Measure(
         protocol=protocol, name=name, value=value, low=low, high=high, count=count, chosen=chosen, values=array
     )
+
+
+def mean_over_draws(protocol: str, name: str, values: Floats) -> Measure:
+    """The mean over pictures, measured with examples that were drawn several times.
+
+    Both vary: another draw of examples, and other pictures. The interval holds both; that over the pictures alone held
+    the mean over draws 57 times of 100.
+
+    Args:
+        protocol: of the measure.
+        name: of the measure.
+        values: [T, N], for each draw and picture.
+    """
+    draws, count = values.shape
+    by_picture, by_draw = values.mean(axis=0), values.mean(axis=1)
+    value = float(by_picture.mean())
+    error = 0.0
+    if count > 1:
+        error += float(by_picture.var(ddof=1)) / count
+    if draws > 1:
+        error += float(by_draw.var(ddof=1))  # of one draw: the examples are one draw where the encoder is used
+    half = _Z * float(np.sqrt(error))
+    low, high = max(0.0, value - half), min(1.0, value + half)
+    return Measure(protocol=protocol, name=name, value=value, low=low, high=high, count=count, values=by_picture)
 
 
 def statistic_of(protocol: str, name: str, count: int, statistic: Callable[[Floats], float]) -> Measure:
@@ -112,11 +141,34 @@ def statistic_of(protocol: str, name: str, count: int, statistic: Callable[[Floa
 def difference(first: Measure, second: Measure) -> Measure | None:
     """By how much the second is higher, picture by picture: far narrower than two intervals beside each other.
 
-    None where they are no means over the same pictures.
+    None where they are no means over the same pictures. Of what is right or wrong with Newcombe's interval, else with a
+    bootstrap; the other way round it is the same with its sign changed.
+
+    Source: Newcombe (1998), Improved confidence intervals for the difference between binomial proportions based on
+    paired data, method 8.
     """
     if first.values is None or second.values is None or first.values.shape != second.values.shape:
         return None
-    return mean_of(first.protocol, first.name, second.values - first.values)
+    apart = mean_of(first.protocol, first.name, second.values - first.values)
+    known = ~np.isnan(first.values) & ~np.isnan(second.values)
+    before, after = first.values[known], second.values[known]
+    if not len(before):
+        return apart
+    binary = np.isin(np.concatenate([before, after]), (0.0, 1.0)).all()
+    low, high = _newcombe(before, after) if binary else _interval(_resampled_means(after - before))
+    return replace(apart, low=low, high=high)
+
+
+def _newcombe(first: Floats, second: Floats) -> tuple[float, float]:
+    """Of how much more often the second is 1."""
+    (p1, p2), count = (float(first.mean()), float(second.mean())), len(first)
+    (low1, high1), (low2, high2) = _wilson(p1, count), _wilson(p2, count)
+    spread = float(np.sqrt(p1 * (1 - p1) * p2 * (1 - p2)))
+    together = (float((first * second).mean()) - p1 * p2) / spread if spread else 0.0
+    below = (p2 - low2) ** 2 - 2 * together * (p2 - low2) * (high1 - p1) + (high1 - p1) ** 2
+    above = (high2 - p2) ** 2 - 2 * together * (high2 - p2) * (p1 - low1) + (p1 - low1) ** 2
+    apart = p2 - p1
+    return apart - float(np.sqrt(max(below, 0.0))), apart + float(np.sqrt(max(above, 0.0)))
 
 
 def _wilson(share: float, count: int) -> tuple[float, float]:

@@ -140,6 +140,22 @@ def test_a_broken_file_is_left_out_and_named(encoder: Encoder, tmp_path: Path) -
     assert embedded.embeddings.shape == (1, encoder.spec.embedding_dim)
 
 
+def test_a_class_that_cannot_be_read_costs_its_protocol_alone(
+    encoder: Encoder, tmp_path: Path, val: list[Picture], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Found after everything was embedded: the linear probe needs two pictures of each class."""
+    folder = draw_classes(tmp_path / "train", 2)
+    (folder / KINDS[0] / "00.png").write_bytes(b"broken")
+    train = find_pictures([str(folder)])
+    found = evaluate(encoder, "tiny", val, train)
+    assert {measure.protocol for measure in found.measures} == {"knn", "few-shot", "retrieval", "spread"}
+    assert "left out: a linear probe on 3 classes, the smallest with 1 pictures" in caplog.text
+    asked = evaluate(encoder, "tiny", val, train, ("linear", "knn"))
+    assert {measure.protocol for measure in asked.measures} == {"knn"}
+    with pytest.raises(EvaluationError, match="linear probe"):
+        evaluate(encoder, "tiny", val, train, ("linear",))
+
+
 def test_nothing_but_broken_files_is_an_error(encoder: Encoder, tmp_path: Path) -> None:
     (tmp_path / "bad.jpg").write_bytes(b"no picture")
     with pytest.raises(EvaluationError, match=r"none of 1 pictures"):
@@ -179,6 +195,10 @@ def test_an_edit_changes_the_picture_and_is_always_the_same(name: str) -> None:
 def test_edits_bear_pictures_of_any_shape(name: str, size: tuple[int, int]) -> None:
     edited = edit_picture(Image.new("RGB", size, "red"), name, "key")
     assert min(edited.size) >= 1
+
+
+def test_a_picture_longer_than_a_jpeg_may_be_is_edited() -> None:
+    assert edit_picture(Image.new("RGB", (65_520, 2)), "JPEG 20", "long").width <= 65_500
 
 
 def test_unedited_copies_find_their_originals(encoder: Encoder, val: list[Picture]) -> None:

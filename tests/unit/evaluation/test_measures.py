@@ -67,6 +67,40 @@ def test_four_pictures_of_a_thousand_are_within_chance() -> None:
     assert more.beyond_chance
 
 
+@pytest.mark.parametrize(("right", "count"), [(12, 12), (8, 1000), (3, 40)])
+def test_a_paired_difference_is_the_same_the_other_way_round(right: int, count: int) -> None:
+    some = np.zeros(count)
+    some[:right] = 1.0
+    first, second = mean_of("p", "n", np.zeros(count)), mean_of("p", "n", some)
+    there, back = difference(first, second), difference(second, first)
+    assert there is not None
+    assert back is not None
+    assert (there.value, there.low, there.high) == pytest.approx((-back.value, -back.high, -back.low))
+    assert there.low < there.value == right / count <= there.high <= 1
+    assert there.low > 0 or right < 6
+
+
+@pytest.mark.parametrize("shares", [(0.9, 0.02, 0.06, 0.02), (0.3, 0.2, 0.3, 0.2), (0.0, 0.5, 0.5, 0.0)])
+def test_the_interval_of_a_paired_difference_holds_the_truth(shares: tuple[float, ...]) -> None:
+    """Shares of pictures: both right, the first alone, the second alone, neither."""
+    rng, held, tries = np.random.default_rng(7), 0, 400
+    for _ in range(tries):
+        kind = rng.choice(4, 60, p=shares)
+        first, second = (mean_of("p", "n", np.isin(kind, kinds).astype(float)) for kinds in ((0, 1), (0, 2)))
+        apart = difference(first, second)
+        assert apart is not None
+        held += apart.low <= shares[2] - shares[1] <= apart.high
+    assert 0.92 * tries <= held <= 0.995 * tries
+
+
+def test_what_is_all_the_same_has_no_interval_by_resampling() -> None:
+    constant = mean_of("p", "n", [0.5] * 12)
+    assert np.isnan([constant.low, constant.high]).all()
+    nothing = difference(constant, constant)
+    assert nothing is not None
+    assert (nothing.low, nothing.value, nothing.high) == (0.0, 0.0, 0.0)
+
+
 def test_what_is_no_mean_has_no_paired_difference() -> None:
     rank = statistic_of("p", "n", 10, lambda counts: float(counts.sum()))
     assert difference(rank, rank) is None

@@ -9,6 +9,7 @@ import pytest
 from mimco_deploy.errors import EvaluationError
 from mimco_deploy.evaluation.few_shot import few_shot
 from mimco_deploy.evaluation.linear import GRID, probe
+from mimco_deploy.evaluation.measures import mean_over_draws
 
 Data = tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]
 
@@ -69,6 +70,18 @@ def test_more_examples_help() -> None:
     (gallery, labels), (queries, truth) = clusters(300, 0.5, 0), clusters(300, 0.5, 1)
     one, many = (few_shot(gallery, labels, queries, truth, shots=shots).mean() for shots in (1, 50))
     assert many > one + 0.05
+
+
+def test_the_interval_of_few_shots_holds_other_draws_of_examples() -> None:
+    (gallery, labels), (queries, truth) = clusters(600, 1.0, 0), clusters(400, 1.0, 1)
+    all_draws = few_shot(gallery, labels, queries, truth, shots=1, tries=300)
+    assert all_draws.shape == (300, 400)
+    held = 0
+    for start in range(0, 300, 10):
+        measure = mean_over_draws("few-shot", "top-1", all_draws[start : start + 10])
+        assert measure.value == pytest.approx(all_draws[start : start + 10].mean())
+        held += measure.low <= all_draws.mean() <= measure.high
+    assert held >= 27
 
 
 def test_a_single_class_is_refused() -> None:

@@ -22,8 +22,8 @@ KS = (1, 2, 5, 40)
 
 
 def expected_of(scores: Sequence[float], relevant: Sequence[bool]) -> tuple[float, list[float], list[float]]:
-    """AP, recall and precision at each of KS of one query, from the definitions."""
-    ranking = sorted(range(len(scores)), key=lambda number: (-scores[number], number))
+    """AP, recall and precision at each of KS of one query, from the definitions; of equals the relevant ones last."""
+    ranking = sorted(range(len(scores)), key=lambda number: (-scores[number], relevant[number]))
     hits = [relevant[number] for number in ranking]
     precisions = [sum(hits[: place + 1]) / (place + 1) for place, hit in enumerate(hits) if hit]
     recall = [float(any(hits[:k])) for k in KS]
@@ -118,11 +118,12 @@ def test_alone_in_its_class_a_picture_has_nothing_to_find() -> None:
     assert np.isnan(found.mean_recall[1])
 
 
-def test_a_collapsed_encoder_returns_the_gallery_in_its_order() -> None:
+@pytest.mark.parametrize("labels", [[0, 0, 1, 0, 1, 0], [1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1]])
+def test_a_collapsed_encoder_gets_nothing_for_the_order_of_the_gallery(labels: list[int]) -> None:
     same_rows = np.ones((6, 2), np.float32)
-    found = retrieval(same_rows[:1], np.array([1]), same_rows, np.array([0, 0, 1, 0, 1, 0]), (2, 3))
-    assert found.average_precision[0] == pytest.approx((1 / 3 + 2 / 5) / 2)
-    assert found.recall[0].tolist() == [0, 1]
+    found = retrieval(same_rows[:1], np.array([1]), same_rows, np.array(labels), (2, 4, 5))
+    assert found.average_precision[0] == pytest.approx((1 / 5 + 2 / 6) / 2)  # as if they came last
+    assert found.recall[0].tolist() == [0, 0, 1]
 
 
 @given(seed=st.integers(0, 2**32 - 1))

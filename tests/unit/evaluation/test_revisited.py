@@ -95,7 +95,7 @@ def test_a_ground_truth_reads_the_same_from_json_and_every_pickle(golden_file: P
     expected = truth_of(gnd, pictures)
     (tmp_path / "gnd.json").write_text(json.dumps(content))
     assert_same(read_ground_truth(tmp_path / "gnd.json"), expected, content)
-    for protocol in (2, 3, 4):
+    for protocol in (0, 1, 2, 3, 4):
         for name, write in WRITERS.items():
             path = tmp_path / f"{name}{protocol}.pkl"
             path.write_bytes(pickle.dumps(write(content), protocol))
@@ -311,7 +311,7 @@ def test_only_what_was_named_is_ever_looked_up() -> None:
             looked_up.append((module, name))
             return super().find_class(module, name)
 
-    for protocol in (2, 3, 4):
+    for protocol in (0, 1, 2, 3, 4):
         for write in WRITERS.values():
             content = write(published([{"easy": [], "hard": [3, 200], "junk": [1]}]))
             Watched(io.BytesIO(pickle.dumps(content, protocol))).load()
