@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,12 +28,17 @@ def sync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+def temporary_beside(path: Path) -> Path:
+    """A name for what becomes `path`. Nobody else knows it: in a folder of several users a link could wait under it."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Replace `path` by `content`: readers see the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_beside(path)
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

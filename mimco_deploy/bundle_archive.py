@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import lzma
-import os
 import shutil
 import struct
 import tarfile
@@ -20,10 +19,12 @@ from collections.abc import Generator, Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from mimco_deploy.atomic import sync_dir, sync_file
+from mimco_deploy.atomic import sync_dir, sync_file, temporary_beside
 from mimco_deploy.errors import BundleError
 
 _MAX_FILES = 256
+_MAX_HEADER_BYTES = 1 << 16
+_LONG_HEADERS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, *(kind.encode() for kind in "xgXK"))
 _MAX_BYTES = 16 << 30
 _DEPTH = 3
 """A folder around the bundle, and `engines/` in it."""
@@ -71,16 +72,16 @@ def unpack(path: Path) -> Unpacked:
 def pack(folder: Path, path: Path) -> None:
     """Write the files of `folder` as one archive, which appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_beside(path)
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     try:
         if path.suffix.lower() == ".zip":
-            with zipfile.ZipFile(temporary, "w") as archive:  # stored: weights do not shrink
+            with zipfile.ZipFile(temporary, "x") as archive:  # stored: weights do not shrink
                 for file in files:
                     archive.write(file, file.relative_to(folder).as_posix())
         else:
             compression = path.suffix.lower().removeprefix(".").replace("tgz", "gz").replace("tar", "")
-            with tarfile.open(temporary, f"w:{compression}") as tar:  # type: ignore[call-overload]
+            with tarfile.open(temporary, f"x:{compression}") as tar:  # type: ignore[call-overload]
                 for file in files:
                     tar.add(file, file.relative_to(folder).as_posix())
         sync_file(temporary)
@@ -103,9 +104,21 @@ def _zip_members(path: Path) -> Generator[tuple[str, IO[bytes]]]:
                 yield info.filename, file
 
 
+class _Member(tarfile.TarInfo):
+    """Long names and other attributes are read whole, before anything of the archive is seen: kept short."""
+
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.type in _LONG_HEADERS and not 0 <= self.size <= _MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {self.size:,} bytes")
+        found: tarfile.TarInfo = super()._proc_member(archive)  # type: ignore[misc]  # of no documented name
+        return found
+
+
 def _tar_members(path: Path) -> Generator[tuple[str, IO[bytes]]]:
-    with tarfile.open(path, "r:*") as archive:
-        for member in archive:
+    with tarfile.open(path, "r:*", tarinfo=_Member) as archive:
+        for count, member in enumerate(archive, start=1):
+            if count > _MAX_FILES or member.size < 0:  # a negative size would lead back to the same member
+                raise ValueError(f"more than {_MAX_FILES} members" if count > _MAX_FILES else "a member has no size")
             if member.isdir():
                 continue
             file = archive.extractfile(member) if member.isreg() else None

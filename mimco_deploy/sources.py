@@ -111,6 +111,8 @@ def _in_tar(path: Path, folder: str | None) -> Iterator[Picture]:
     try:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
+                if member.size < 0:  # which would lead back to the same member, for ever
+                    raise tarfile.ReadError("a member has no size")
                 inside = Path(member.name)
                 if member.isreg() and inside.suffix.lower() in IMAGE_SUFFIXES and not inside.name.startswith("."):
                     label = inside.parent.name or folder

@@ -71,16 +71,28 @@ def find_workspace(explicit: Path | None = None, start: Path | None = None) -> W
         `explicit`, else `$MIMCO_WORKSPACE`, else the nearest `.mimco` at or above `start`, else `start/.mimco`.
 
     Raises:
-        WorkspaceError: the path is there but is a file.
+        WorkspaceError: the path is there but is a file; or it was found and belongs to another user, who could have put
+            it there for others to fall for.
     """
     start = start or Path.cwd()
     named = explicit or (Path(value) if (value := os.environ.get(ENVIRONMENT_VARIABLE)) else None)
     if named is None:
         above = (folder / FOLDER_NAME for folder in (start, *start.parents))
         named = next((path for path in above if path.is_dir()), start / FOLDER_NAME)
+        _refuse_foreign(named)
     if named.exists() and not named.is_dir():
         raise WorkspaceError(f"{named} is a file", expected="a workspace folder", command="mimco --workspace DIR …")
     return Workspace(named)
+
+
+def _refuse_foreign(found: Path) -> None:
+    try:
+        owner = found.stat().st_uid
+    except OSError:
+        return
+    if os.geteuid() not in (0, owner) and owner != 0:
+        command = f"mimco --workspace {found} …, if you trust it"
+        raise WorkspaceError(f"{found} belongs to another user", expected="one of yours", command=command)
 
 
 def set_aside(folder: Path) -> Path:

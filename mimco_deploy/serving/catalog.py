@@ -81,7 +81,7 @@ class Listed(NamedTuple):
 
 def as_listed(root: bytes, path: bytes, size: int, mtime_ns: int, row: int, sha256: bytes, *facts: Any) -> Listed:
     """A file as the catalogue has it, from the columns of a query; the facts in the order of `Facts`."""
-    return Listed(os.fsdecode(root), os.fsdecode(path), Stamp(size, mtime_ns), row, sha256, Facts(*facts))
+    return Listed(os.fsdecode(root), os.fsdecode(_inside(path)), Stamp(size, mtime_ns), row, sha256, Facts(*facts))
 
 
 @dataclass(frozen=True)
@@ -443,7 +443,20 @@ class Catalog:
 
 
 def _absolute(root: bytes, path: bytes) -> Path:
-    return Path(os.fsdecode(os.path.join(root, path)))  # noqa: PTH118  # one Path instead of two: there are many
+    return Path(os.fsdecode(os.path.join(root, _inside(path))))  # noqa: PTH118  # one Path, not two: there are many
+
+
+def _inside(path: bytes) -> bytes:
+    """A path of the catalogue as it is; an index that came from elsewhere could name files outside its folders.
+
+    Raises:
+        IndexStoreError: it leads out of its folder.
+    """
+    if path[:1] == b"/" or b"\0" in path or (b".." in path and b".." in path.split(b"/")):
+        raise IndexStoreError(
+            f"the catalogue lists {os.fsdecode(path)[:80]!a}, which lies outside of its folder", expected="an own index"
+        )
+    return path
 
 
 def connect(path: Path, mode: str) -> sqlite3.Connection:

@@ -76,9 +76,11 @@ _INLINE = 16
 """Indexed folders that stand in the views."""
 LIMIT_S = 20.0
 """For one condition."""
-_STEPS_BETWEEN_LOOKS = 1000
-_MAX_VALUE = 16_384
+_STEPS_BETWEEN_LOOKS = 50
+_MAX_VALUE = 8192
 """Letters of anything that a condition computes: one step of SQLite cannot be interrupted, so it must be short."""
+_MAX_PATTERN = 256
+"""Letters of what LIKE and GLOB look for, whose time grows with it and the text, in one step."""
 _MAX_LENGTH = 4096
 _SAFE_FUNCTIONS = frozenset(
     {"abs", "coalesce", "ifnull", "iif", "instr", "length", "like", "glob", "lower", "upper", "max", "min", "nullif"}
@@ -206,6 +208,7 @@ class FilteredFiles:
         text = f"{what} FROM {source} WHERE {' AND '.join(tests)}{more}"
         stop_at = time.monotonic() + self._limit_s
         most = self._db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MAX_VALUE)
+        self._db.setlimit(sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH, _MAX_PATTERN)
         self._db.set_authorizer(_allowed)
         self._db.set_progress_handler(lambda: time.monotonic() > stop_at, _STEPS_BETWEEN_LOOKS)
         try:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import tokenize
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from mimco_deploy.atomic import sync_dir, sync_file
+from mimco_deploy.atomic import sync_dir, sync_file, temporary_beside
 from mimco_deploy.errors import IndexStoreError, MissingExtraError
 from mimco_deploy.images import Facts
 from mimco_deploy.serving.catalog import Catalog, NewContent, Root
@@ -48,8 +49,14 @@ _ROWS = 8192
 """Rows in a portion: 12 MB of embeddings at 384 numbers."""
 _NORM = 1e-3
 _MAX_LINE_BYTES = 2**16
-_UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError)
+_UNREADABLE = (
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError),
+    *(SyntaxError, tokenize.TokenError, MemoryError),  # of NumPy's headers
+)
 """What files of any content make their readers raise."""
+_MAX_PATH_BYTES = 8192
+"""Of a folder and a path below it; Linux takes 4096 at once."""
+_MAX_FACT = 256
 FACTS = tuple(one.name for one in fields(Facts))
 
 
@@ -110,7 +117,7 @@ def _export(generation: Generation, target: Path, write: Callable[..., None]) ->
         vectors = read_vectors(generation.vectors, catalog.embedding_dim, catalog.row_count())
         count = catalog.counts().files
         finals = [target] if target.suffix == ".parquet" else [target, _lines_of(target)]
-        temporary = [path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in finals]
+        temporary = [temporary_beside(path) for path in finals]
         try:
             write(temporary, header, count, _portions(catalog, vectors))
             for path in temporary:
@@ -218,6 +225,13 @@ def _check(records: list[Record], embeddings: npt.NDArray[np.float32], dim: int,
         root, path = Path(record.root), Path(record.path)
         if not root.is_absolute() or path.is_absolute() or not path.parts or ".." in root.parts + path.parts:
             raise ValueError(f"{record.path!r} does not lie below the folder {record.root!r}")
+        if (
+            "\0" in record.root + record.path
+            or len(os.fsencode(record.root) + os.fsencode(record.path)) > _MAX_PATH_BYTES
+        ):
+            raise ValueError(f"{record.path[:80]!r} below {record.root[:80]!r} is no path of a file")
+        if record.size < 0 or max(len(record.taken or ""), len(record.camera or "")) > _MAX_FACT:
+            raise ValueError(f"{record.path!r} has facts that no picture has")
         if len(bytes.fromhex(record.sha256)) != 32:
             raise ValueError(f"{record.sha256!r} is no SHA-256")
 
@@ -321,6 +335,7 @@ def import_pyarrow() -> Any:
     """
     try:
         import pyarrow
+        import pyarrow.compute
         import pyarrow.parquet
     except ModuleNotFoundError as error:
         raise MissingExtraError(
@@ -369,6 +384,11 @@ def _read_parquet(path: Path, stack: contextlib.ExitStack) -> tuple[Header, Iter
 
     def portions() -> Iterator[Portion]:
         for batch in file.iter_batches(_ROWS):
+            for name in ("path", "root", "sha256", "taken", "camera", "path_bytes", "root_bytes"):
+                if name in batch.schema.names:  # one long text can stand in a file once and in every row
+                    longest = pa.compute.max(pa.compute.binary_length(batch.column(name))).as_py()
+                    if (longest or 0) > _MAX_PATH_BYTES:
+                        raise ValueError(f"{name} of {longest:,} bytes")
             embeddings = batch.column("embedding").flatten().to_numpy(zero_copy_only=False)
             rows = batch.drop_columns(["embedding"]).to_pylist()
             records = [_record({**row, "path": _name(row, "path"), "root": _name(row, "root")}) for row in rows]

@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import stat
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,7 @@ from types import TracebackType
 
 from mimco_deploy.atomic import sync_dir, sync_file, write_bytes
 from mimco_deploy.errors import MoveError
+from mimco_deploy.images import IMAGE_SUFFIXES
 from mimco_deploy.serving.catalog import Catalog
 from mimco_deploy.serving.duplicates import Group, Member, is_as_listed
 from mimco_deploy.serving.generations import Generation
@@ -116,7 +118,8 @@ def undo_moves(file: Path) -> Moves:
         left or are back already are in neither list.
 
     Raises:
-        MoveError: it is no such list.
+        MoveError: it is no such list, or names what it cannot have moved: files that do not lie below its own folder,
+            or are no pictures.
     """
     result = Moves([], [])
     treated: set[tuple[Path, Path]] = set()
@@ -208,7 +211,7 @@ def _move(move: Move) -> None:
 def _copy_across(move: Move) -> None:
     """Move between two file systems: a copy, compared with the checksum, before the original goes."""
     before = move.source.stat()
-    temporary = move.target.with_name(f".{os.getpid()}.tmp")
+    temporary = move.target.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         shutil.copy2(move.source, temporary)
         sync_file(temporary)
@@ -243,7 +246,7 @@ def _undo(move: Move) -> str | None:
         return "" if back else "gone"
     if back and not (_is_empty(move.source) and move.sha256 != _EMPTY_SHA256):
         return f"another file lies at {readable(move.source)}"
-    if move.target.is_symlink() or _sha256(move.target) != move.sha256:
+    if not stat.S_ISREG(move.target.lstat().st_mode) or _sha256(move.target) != move.sha256:
         return "changed since it was moved"
     if back:
         move.source.unlink()  # the name was taken for it to come back, and then came the kill
@@ -277,13 +280,23 @@ def _read(file: Path) -> list[Move]:
             f"{readable(file)} has format version {document.get('format_version')}", expected=str(FORMAT_VERSION)
         )
     # A line that a kill cut short is of a file that had not moved.
-    return [move for move in map(_move_of, map(_document, lines)) if move is not None]
+    moves = [move for move in map(_move_of, map(_document, lines)) if move is not None]
+    own = os.path.realpath(file.parent)
+    for move in moves:  # a list that came from elsewhere may bring nothing but its own pictures, and as pictures
+        parts = {*move.source.parts, *move.target.parts}
+        suffixes = {move.source.suffix.lower(), move.target.suffix.lower()}
+        if ".." in parts or not move.target.is_relative_to(own) or not suffixes <= IMAGE_SUFFIXES:
+            raise MoveError(
+                f"{readable(file)} names {readable(move.target)}, which --move-to did not put there",
+                expected="pictures below its own folder",
+            )
+    return moves
 
 
 def _document(line: bytes) -> dict[str, object]:
     try:
         document = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return document if isinstance(document, dict) else {}
 

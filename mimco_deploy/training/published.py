@@ -227,6 +227,8 @@ def _find_state(document: Any, path: Path) -> State:
                 document = document[name]
                 break
         if document and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in document.items()):
+            if any(v.numel() * v.element_size() > v.untyped_storage().nbytes() for v in document.values()):
+                raise CheckpointError(f"{path} holds tensors that repeat themselves", expected="weights in full")
             return dict(document)
     raise CheckpointError(
         f"{path} holds no weights", expected="tensors, or a dictionary of them in model or state_dict"
@@ -240,7 +242,10 @@ def _vit_config(state: State, layout: _Layout) -> BackboneConfig:
             f"a width of {width} does not tell the number of attention heads",
             expected=f"one of {', '.join(map(str, _HEADS))}, or a folder of timm's, whose config.json tells it",
         )
-    depth = 1 + max((int(match[1]) for key in state if (match := re.match(r"blocks\.(\d+)\.", key))), default=-1)
+    blocks = {int(match[1]) for key in state if (match := re.match(r"blocks\.(\d{1,4})\.", key))}
+    depth = len(blocks)
+    if blocks != set(range(depth)):  # before anything of that depth is built
+        raise ConfigError(f"blocks {sorted(blocks)[:3]} … {max(blocks)}", expected="one after the other, from 0")
     grid = math.isqrt(state["pos_embed"].shape[1] - 1)
     return BackboneConfig(
         name=f"{_VIT_NAMES.get(width, 'vit_base')}_patch{14 if width == 1280 else 16}_224",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mimco_deploy.atomic import recover, staged_dir, write_bytes
+from mimco_deploy.atomic import recover, staged_dir, temporary_beside, write_bytes
 
 
 def names(folder: Path) -> list[str]:
@@ -82,6 +82,18 @@ def test_content_is_synced_before_it_gets_its_name(tmp_path: Path, monkeypatch: 
     before, after = events[: events.index("name folder")], events[events.index("name folder") :]
     assert {"sync a.txt", "sync b.txt", "sync deeper", "sync .folder.staging"} <= set(before)
     assert after == ["name folder", f"sync {tmp_path.name}"]
+
+
+def test_a_link_that_waits_under_a_temporary_name_is_not_written_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"mine")
+    monkeypatch.setattr("secrets.token_hex", lambda _: "guessed")
+    temporary_beside(tmp_path / "out").symlink_to(victim)
+    with pytest.raises(FileExistsError):
+        write_bytes(tmp_path / "out", b"new")
+    assert victim.read_bytes() == b"mine"
 
 
 def test_a_folder_appears_whole_and_is_replaced_whole(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import random
 import shutil
@@ -103,6 +104,29 @@ def test_a_member_out_of_place_is_refused(tmp_path: Path, name: str, suffix: str
             tar.addfile(tarfile.TarInfo(name), io.BytesIO())
     with pytest.raises(BundleError, match="has no place in a bundle"):
         unpack(path)
+
+
+@pytest.mark.parametrize("header", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE])
+def test_a_header_that_unpacks_to_megabytes_is_refused(tmp_path: Path, header: bytes) -> None:
+    """It is read whole before the first member is seen; compressed it takes next to nothing."""
+    size = 4 << 20
+    info = tarfile.TarInfo("long")
+    info.type, info.size = header, size
+    member = tarfile.TarInfo("encoder.json")
+    content = info.tobuf(tarfile.GNU_FORMAT) + b"a" * size + member.tobuf() + b"\0" * 1024
+    (tmp_path / "bad.tar.gz").write_bytes(gzip.compress(content))
+    with pytest.raises(BundleError, match=r"a header of 4,194,304 bytes"):
+        unpack(tmp_path / "bad.tar.gz")
+
+
+def test_folders_count_as_members(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "bad.tar", "w") as tar:
+        for number in range(300):
+            folder = tarfile.TarInfo(f"f{number}")
+            folder.type = tarfile.DIRTYPE
+            tar.addfile(folder)
+    with pytest.raises(BundleError, match="more than 256 members"):
+        unpack(tmp_path / "bad.tar")
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])

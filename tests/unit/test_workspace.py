@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from mimco_deploy.errors import WorkspaceError
-from mimco_deploy.workspace import ENVIRONMENT_VARIABLE, Workspace, find_workspace, set_aside
+from mimco_deploy.workspace import ENVIRONMENT_VARIABLE, FOLDER_NAME, Workspace, find_workspace, set_aside
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +58,22 @@ def test_the_variable_comes_before_the_search_and_the_option_before_both(
     assert find_workspace(tmp_path / "explicit", tmp_path).path == tmp_path / "explicit"
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "")
     assert find_workspace(start=tmp_path).path == tmp_path / ".mimco"
+
+
+def test_another_users_workspace_further_up_is_refused_unless_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one in /tmp, put there for others to fall for."""
+    found = tmp_path / FOLDER_NAME
+    found.mkdir()
+    monkeypatch.setattr(os, "geteuid", lambda: found.stat().st_uid + 1)
+    stat = Path.stat
+    monkeypatch.setattr(Path, "stat", lambda path, **_: os.stat_result((*stat(path)[:4], 4242, *stat(path)[5:10])))
+    with pytest.raises(WorkspaceError, match=r"belongs to another user; expected one of yours; run: mimco --workspace"):
+        find_workspace(start=tmp_path)
+    assert find_workspace(found).path == found
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert find_workspace(start=tmp_path).path == found
 
 
 def test_a_file_in_its_place_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

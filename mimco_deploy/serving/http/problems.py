@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from collections.abc import Mapping
 from http import HTTPStatus
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -112,6 +114,26 @@ class ProblemFileResponse(FileResponse):
                 "the Range is beyond the end of the file" if of_file else "the Range cannot be read, expected bytes=A-B"
             )
             await problem(refusal["status"], detail, request_id_of(scope), headers=headers)(scope, receive, send)
+
+
+class OpenFileResponse(ProblemFileResponse):
+    """A file that is open, which is closed once it was sent.
+
+    Args:
+        descriptor: of a regular file.
+        others: as of `FileResponse`.
+    """
+
+    def __init__(self, descriptor: int, **others: Any) -> None:
+        self._descriptor = descriptor
+        super().__init__(f"/dev/fd/{descriptor}", stat_result=os.fstat(descriptor), **others)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            os.close(self._descriptor)
 
 
 def _methods_of(request: Request) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator
 from typing import Annotated, Literal
 
@@ -12,7 +13,7 @@ from mimco_deploy import __version__
 from mimco_deploy.serving.http import schemas
 from mimco_deploy.serving.http.bodies import json_content, read_body
 from mimco_deploy.serving.http.context import Shared, refusals
-from mimco_deploy.serving.http.problems import ProblemFileResponse
+from mimco_deploy.serving.http.problems import OpenFileResponse, ProblemFileResponse
 from mimco_deploy.serving.http.views import picture_of
 
 router = APIRouter(prefix="/v1")
@@ -74,12 +75,13 @@ async def get_picture(shared: Shared, id: PictureId) -> schemas.Picture:
 async def get_file(shared: Shared, request: Request, id: PictureId) -> Response:
     """The original, whole or in parts. Only files that are as they were indexed are given out."""
     headers = {"ETag": f'"{id}"', "Cache-Control": _FOR_EVER}
-    path = await shared.service.file_of(id)
+    path, descriptor = await shared.service.open_content(id)
     if _is_known(request, id):
+        os.close(descriptor)
         return Response(status_code=304, headers=headers)
     kind = _SHOWN_BY_BROWSERS.get(path.suffix.lower())
-    return ProblemFileResponse(
-        path,
+    return OpenFileResponse(
+        descriptor,
         headers={**headers, "Content-Security-Policy": "default-src 'none'; sandbox"},
         media_type=kind or "application/octet-stream",
         filename=path.name.encode(errors="replace").decode(errors="replace"),

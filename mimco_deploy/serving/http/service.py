@@ -30,6 +30,7 @@ from mimco_deploy.serving.guarded import Content, DecodePool, Limits
 from mimco_deploy.serving.http import schemas
 from mimco_deploy.serving.http.batching import Batcher, BusyError, RetiredError, time_encoder
 from mimco_deploy.serving.http.metrics import Metrics
+from mimco_deploy.serving.http.originals import Originals
 from mimco_deploy.serving.http.problems import GoneError, NotThereError
 from mimco_deploy.serving.index import Hit, ImageIndex
 from mimco_deploy.serving.inspect import recorded_encoder
@@ -117,6 +118,7 @@ class Service:
         self._filtering = ThreadPoolExecutor(_FILTERED, thread_name_prefix="mimco-filter")
         self._reading: set[asyncio.Future[Any]] = set()
         self._filtering_now: set[asyncio.Future[Any]] = set()
+        self._originals = Originals()
 
     def prepare(self) -> None:
         """Load the encoder and open the index, so that what is wrong with them shows before anything runs.
@@ -225,6 +227,21 @@ class Service:
                 status = await asyncio.to_thread(path.stat)
                 if stamp_of(status) == file.stamp:
                     return path
+        raise GoneError(f"the picture {content[:12]}… is gone or changed since it was indexed", command="mimco index")
+
+    async def open_content(self, content: str) -> tuple[Path, int]:
+        """A file that has a content, by its path and open for reading; see `Originals`. To be closed by the caller.
+
+        Raises:
+            NotThereError: the index has none.
+            GoneError: the disk has none any more.
+        """
+        for file in await self.files_with(content):
+            path = Path(file.root, file.path)
+            with contextlib.suppress(OSError):
+                descriptor = await asyncio.to_thread(self._originals.open, path, file.stamp, content)
+                if descriptor is not None:
+                    return path, descriptor
         raise GoneError(f"the picture {content[:12]}… is gone or changed since it was indexed", command="mimco index")
 
     async def thumbnail(self, content: str, side_px: int) -> bytes:

@@ -23,10 +23,13 @@ from mimco_deploy.serving.catalog import Listed
 from mimco_deploy.serving.filters import COLUMNS
 from mimco_deploy.serving.generations import writing_process
 from mimco_deploy.serving.http import schemas
+from mimco_deploy.serving.http.batching import BusyError
 from mimco_deploy.serving.http.service import Service
 from mimco_deploy.serving.inspect import status_of
 from mimco_deploy.serving.scan import readable
 
+_WAITING, _RETRY_AFTER_S = 4, 5
+"""Computations that have not ended, one of which runs, on all cores; and when to come again."""
 _KEPT = 8
 
 
@@ -36,6 +39,7 @@ class Views:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._computed: OrderedDict[tuple[Any, ...], asyncio.Task[Any]] = OrderedDict()
+        self._running: set[asyncio.Task[Any]] = set()
         self._one = asyncio.Semaphore(1)
 
     async def status(self) -> schemas.IndexStatus:
@@ -92,6 +96,7 @@ class Views:
         """Groups of copies and near duplicates."""
         from mimco_deploy.serving.duplicates import Group, Member, find_duplicates
 
+        min_score = round(min_score, 3)  # so that what is nearly the same is computed once
         condition = self._service.condition("", root)
         below = condition.root
         known = await self._service.read(lambda index: index.roots())
@@ -141,7 +146,11 @@ class Views:
         key = (*what, state)
         task = self._computed.get(key)
         if task is None:
+            if len(self._running) >= _WAITING:
+                raise BusyError(_RETRY_AFTER_S)
             task = self._computed[key] = asyncio.create_task(self._compute(compute))
+            self._running.add(task)
+            task.add_done_callback(self._running.discard)  # also where nobody waits for it any more
             while len(self._computed) > _KEPT:
                 self._computed.popitem(last=False)
         self._computed.move_to_end(key)

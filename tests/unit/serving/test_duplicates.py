@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -639,6 +640,49 @@ def test_only_a_list_of_moves_is_undone_or_added_to(twice: Place, content: bytes
             twice.move()
     with pytest.raises(MoveError, match=match):
         undo_moves(file)
+
+
+def test_a_strangers_index_moves_nothing_out_of_the_folder(place: Place) -> None:
+    """A catalogue that lists a file outside of its folder, as a copy of one inside."""
+    gallery(place.photos, 3)
+    save(place.photos / "copy.png", 1)
+    place.update()
+    victim = place.folder / "victim.png"
+    shutil.copyfile(place.photos / "copy.png", victim)
+    stamp = victim.stat()
+    with sqlite3.connect(next(place.index.glob("0*/catalog.sqlite"))) as catalog:
+        catalog.execute(
+            "UPDATE files SET path = ?, size = ?, mtime_ns = ? WHERE path = ?",
+            (b"../victim.png", stamp.st_size, stamp.st_mtime_ns, b"copy.png"),
+        )
+    catalog.close()
+    with pytest.raises(IndexStoreError, match="lies outside of its folder"):
+        place.move()
+    assert victim.is_file()
+
+
+@pytest.mark.parametrize("changes", [{"from": "/home/me/.bash_profile"}, {"to": "/home/me/a.png"}, {"to": "../a.png"}])
+def test_a_strangers_list_brings_nothing_but_its_own_pictures(twice: Place, changes: dict[str, str]) -> None:
+    twice.move()
+    file = twice.out / UNDO_FILE
+    header, first, *_ = file.read_text("ascii").splitlines()
+    document = json.loads(first)
+    if changes.get("to", "").startswith("../"):
+        changes = {"to": f"{twice.out}/../a.png"}
+    file.write_text(f"{header}\n{json.dumps({**document, **changes})}\n", "ascii")
+    before = twice.tree()
+    with pytest.raises(MoveError, match="which --move-to did not put there"):
+        undo_moves(file)
+    assert twice.tree() == before
+
+
+def test_a_pipe_in_place_of_a_picture_is_not_read(twice: Place) -> None:
+    moved = twice.move().moved[0].target
+    moved.unlink()
+    os.mkfifo(moved)
+    undone = undo_moves(twice.out / UNDO_FILE)
+    assert [one.reason for one in undone.skipped] == ["changed since it was moved"]
+    assert moves._document(b"[" * 100_000) == {}
 
 
 @given(line=st.binary(max_size=60) | st.sampled_from([b'{"from": 1, "to": 2, "sha256": 3}', b"{}", b"null"]))

@@ -444,6 +444,31 @@ def check_that_it_is_refused(tmp_path: Path, source: Path, message: str | None =
 RECORDS = [("/photos", "a.png"), ("/photos", "b.png"), ("/photos", "sub/c.png")]
 
 
+def test_a_text_that_stands_once_and_in_every_row_is_not_spread(tmp_path: Path) -> None:
+    """42 KB of Parquet that became an 800 MB catalogue."""
+    count = 3000
+    columns = {
+        "path": [f"{number}.png" for number in range(count)],
+        "root": ["/photos"] * count,
+        "sha256": [f"{number:064x}" for number in range(count)],
+        "size": [5] * count,
+        "mtime_ns": [7] * count,
+        "camera": ["c" * 100_000] * count,
+        "embedding": pa.array(unit(count).tolist(), pa.list_(pa.float32(), DIM)),
+    }
+    table = pa.table(columns).replace_schema_metadata({b"mimco": json.dumps(HEADER).encode()})
+    pa.parquet.write_table(table, tmp_path / "long.parquet")
+    check_that_it_is_refused(tmp_path, tmp_path / "long.parquet", "camera of 100,000 bytes")
+
+
+@pytest.mark.parametrize("header", [b"{'descr': (", b"{" * 200, b"'" * 40, b"(" * 5000])
+def test_a_header_of_numpy_that_is_none_is_one_line(tmp_path: Path, header: bytes) -> None:
+    source = write_npy(tmp_path / "bad.npy", RECORDS)
+    padded = header.ljust(len(header) + 64 - (len(header) + 10) % 64 - 1) + b"\n"
+    source.write_bytes(b"\x93NUMPY\x01\x00" + len(padded).to_bytes(2, "little") + padded)
+    check_that_it_is_refused(tmp_path, source)
+
+
 def test_an_export_by_hand_is_taken_in(tmp_path: Path) -> None:
     assert import_index(tmp_path / "npy", write_npy(tmp_path / "hand.npy", RECORDS)) == 3
     source = write_parquet(tmp_path / "hand.parquet", {}, json.dumps(HEADER).encode())
@@ -457,6 +482,11 @@ def test_an_export_by_hand_is_taken_in(tmp_path: Path) -> None:
     "changed",
     [
         {"path": "../a.png"},
+        {"path": "a\0.png"},
+        {"root": "/photos\0"},
+        {"path": "a" * 9000},
+        {"camera": "c" * 300},
+        {"size": -1},
         {"path": "sub/../../a.png"},
         {"path": "/etc/a.png"},
         {"path": ""},

@@ -202,10 +202,15 @@ def changed(change: Callable[[dict[str, Tensor]], Any]) -> dict[str, Tensor]:
         (changed(lambda s: s.update({"patch_embed.proj.weight": torch.ones(192, 768)})), "expected a ViT or Swin"),
         (changed(lambda s: s.update({"pos_embed": torch.ones(4)})), "expected a ViT or Swin"),
         ({1: torch.ones(2)}, "holds no weights"),
+        (
+            changed(lambda s: s.update({"blocks.999.norm1.weight": torch.ones(192)})),
+            r"blocks \[0, .*… 999; expected one",
+        ),
+        (changed(lambda s: s.update({"norm.bias": torch.ones(1).expand(192)})), "tensors that repeat themselves"),
     ],
     ids=[
         *("missing", "surplus", "shape", "no patches", "foreign", "resnet", "no tensors", "empty"),
-        *("video", "flat patches", "no positions", "numbers as keys"),
+        *("video", "flat patches", "no positions", "numbers as keys", "a gap", "a stride of 0"),
     ],
 )
 def test_what_does_not_fit_is_named(tmp_path: Path, state: Any, message: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,7 @@ from PIL import Image
 from starlette.requests import ClientDisconnect
 from starlette.testclient import TestClient
 
+from mimco_deploy.serving import duplicates
 from mimco_deploy.serving.encoders import load_encoder
 from mimco_deploy.serving.http.access import COOKIE, LOOPBACK, Access
 from mimco_deploy.serving.http.metrics import Metrics
@@ -40,6 +42,35 @@ def test_a_condition_cannot_grow_beyond_what_one_step_bears(client: TestClient) 
         answer = client.get("/v1/pictures", params={"where": where})
         assert (answer.status_code, "too big" in answer.json()["detail"]) == (422, True)
         assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "x'00' || name glob '" + "*[" + "x" * 120 + "a]" * 20 + "'",
+        " or ".join(["name || hex(zeroblob(3000)) glob '*" + "0*" * 100 + "a'"] * 10),
+        "x||0||name glob '*'||substr('" + "x" * 3000 + "',1,3000)||'b'",
+    ],
+)
+def test_patterns_cost_no_more_than_one_step_may(client: TestClient, where: str) -> None:
+    start = time.monotonic()
+    assert client.get("/v1/pictures", params={"where": where}).status_code in (200, 422)
+    assert time.monotonic() - start < 10
+
+
+def test_computations_that_nobody_waits_for_do_not_pile_up(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    release = threading.Event()
+    monkeypatch.setattr(duplicates, "find_duplicates", lambda *_: release.wait(20) and [])
+    with ThreadPoolExecutor(10) as pool:
+        scores = [0.6 + number / 100 for number in range(10)]
+        asked = [pool.submit(client.get, "/v1/duplicates", params={"min_score": score}) for score in scores]
+        deadline = time.monotonic() + 10
+        while sum(one.done() for one in asked) < 6 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        refused = [one.result() for one in asked if one.done()]
+        release.set()
+        assert [answer.status_code for answer in refused] == [503] * 6
+        assert sorted(one.result().status_code for one in asked) == [200] * 4 + [503] * 6
 
 
 def test_long_conditions_end_and_hold_up_only_each_other(client: TestClient) -> None:

@@ -89,6 +89,35 @@ def test_only_what_is_as_it_was_indexed_is_given_out(tmp_path: Path) -> None:
         assert client.get(f"/v1/pictures/{'0' * 64}/file").status_code == 404
 
 
+def test_a_link_to_another_file_of_the_same_size_and_date_is_not_followed(tmp_path: Path) -> None:
+    """Whoever may write in an indexed folder gets no file that the service alone may read."""
+    place = make_place(tmp_path.resolve(), 12)
+    picture = place.picture(3)
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"s" * picture.stat().st_size)
+    stamp = picture.stat()
+    with client_of(place) as client:
+        address = f"/v1/pictures/{id_of(client, picture)}/file"
+        assert client.get(address).status_code == 200
+        os.utime(secret, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+        picture.unlink()
+        picture.symlink_to(secret)
+        assert client.get(address).status_code == 410
+        picture.unlink()
+        os.mkfifo(picture)
+        assert client.get(address).status_code == 410
+
+
+def test_what_is_open_is_closed(client: TestClient, place: Place) -> None:
+    address = f"/v1/pictures/{id_of(client, place.picture(5))}/file"
+    client.get(address)
+    before = len(list(Path("/dev/fd").iterdir()))
+    for headers in ({}, {"Range": "bytes=0-9"}, {"Range": "bytes=9999999-"}, {"Range": "x"}, {"If-None-Match": "*"}):
+        client.get(address, headers=headers)
+        client.head(address, headers=headers)
+    assert len(list(Path("/dev/fd").iterdir())) <= before + 1
+
+
 def test_nothing_but_an_id_names_a_file(client: TestClient, place: Place) -> None:
     for name in ("..%2f..%2fetc%2fpasswd", "%2fetc%2fpasswd", "0001.png", "A" * 64, str(place.picture(1))):
         assert client.get(f"/v1/pictures/{name}/file").status_code in (404, 422)
