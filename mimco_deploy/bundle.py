@@ -272,7 +272,8 @@ def _read_golden(path: Path, spec: EncoderSpec) -> Golden:
         raise BundleError(f"{path} cannot be read ({error})", expected="golden pictures", command=_EXPORT) from error
     count, side = len(images), spec.image_size_px
     if not (
-        count > 0
+        isinstance(embeddings, np.ndarray)
+        and count > 0
         and (images.dtype, images.shape) == (np.uint8, (count, side, side, 3))
         and (embeddings.dtype, embeddings.shape) == (np.float32, (count, spec.embedding_dim))
     ):

@@ -35,6 +35,11 @@ ImageProblem = Literal[
 """Why a file is no picture. The last two: its decoder did not come to an end in time, or brought its process down."""
 
 
+def plain(text: str) -> str:
+    """A text for a terminal: names of files are in it, and what would steer the terminal becomes `�`."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else "�" for letter in text)
+
+
 class MimcoError(Exception):
     """Base of all errors a user can cause.
 

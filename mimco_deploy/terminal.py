@@ -16,7 +16,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from mimco_deploy.errors import ImageError
+from mimco_deploy.errors import ImageError, plain
 
 if TYPE_CHECKING:
     from mimco_deploy.serving.update import Progress as UpdateProgress
@@ -32,7 +32,7 @@ def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for title in titles:
         table.add_column(title)
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(plain(cell)) for cell in row))
     Console(highlight=False, width=None if sys.stdout.isatty() else 200).print(table)
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from mimco_deploy.errors import MimcoError, MissingExtraError
+from mimco_deploy.errors import MimcoError, MissingExtraError, plain
 from mimco_deploy.shipped import NAME, SHIPPED_ENCODER, encoder_of
 from mimco_deploy.workspace import Workspace
 
@@ -59,7 +59,12 @@ def printable(path: Path) -> str:
     """A path as text for a terminal: what is no text, and what would steer the terminal, becomes `�`."""
     from mimco_deploy.serving.scan import readable
 
-    return "".join(letter if letter.isprintable() else "�" for letter in readable(path))
+    return plain(readable(path)).replace("\n", "�")
+
+
+def _make_plain(record: logging.LogRecord) -> bool:
+    record.msg, record.args = plain(record.getMessage()), None
+    return True
 
 
 class Group(click.Group):
@@ -70,12 +75,12 @@ class Group(click.Group):
         try:
             return super().invoke(ctx)
         except MimcoError as error:
-            raise click.ClickException(str(error)) from error
+            raise click.ClickException(plain(str(error))) from error
         except OSError as error:
             if error.errno == errno.EPIPE:  # click's to handle
                 raise
             place = "" if error.filename is None else f"{error.filename}: "
-            raise click.ClickException(f"{place}{error.strerror or error}") from error
+            raise click.ClickException(plain(f"{place}{error.strerror or error}")) from error
 
 
 @contextlib.contextmanager
@@ -97,6 +102,7 @@ def set_up_logging(verbose: bool, silent: bool = False) -> None:
         from mimco_deploy.terminal import talk
 
         handler = RichHandler(console=talk, show_time=False, show_path=False, show_level=False, markup=False)
+    handler.addFilter(_make_plain)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     logging.getLogger("timm").setLevel(logging.ERROR)  # speaks of schedules of a few steps
     level = logging.ERROR if silent else logging.INFO if verbose else logging.WARNING

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mimco_deploy.commands.common import AnyPath, device_option, extra, json_option, print_json, say_if_shipped
+from mimco_deploy.errors import plain
 from mimco_deploy.shipped import encoder_of
 from mimco_deploy.workspace import Workspace
 
@@ -196,7 +197,7 @@ def _print(found: Sequence[Evaluation], comparison: Comparison | None, as_json: 
     for evaluation in found:
         refused = {**evaluation.pictures.refused, **(evaluation.voters.refused if evaluation.voters else {})}
         for name, problem in list(refused.items())[:3]:
-            click.echo(f"{name}: {problem}", err=True)
+            click.echo(plain(f"{name}: {problem}"), err=True)
         if len(refused) > 3:
             click.echo(f"{len(refused) - 3:,} others could not be read either; --json names them", err=True)
     _print_measures(table(found), [evaluation.name for evaluation in found])

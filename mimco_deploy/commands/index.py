@@ -19,11 +19,12 @@ from mimco_deploy.commands.common import (
     json_option,
     path_to_record,
     print_json,
+    printable,
     run_by,
     runtime_options,
     say_if_shipped,
 )
-from mimco_deploy.errors import IndexStoreError
+from mimco_deploy.errors import IndexStoreError, plain
 from mimco_deploy.shipped import encoder_of
 from mimco_deploy.workspace import Workspace
 
@@ -181,10 +182,10 @@ def _update(
     )
     for folder in report.unreachable:
         kept = f"kept {folder.kept} pictures of it" if folder.kept else "nothing of it is indexed"
-        click.echo(f"{folder.path} cannot be read ({folder.reason}): {kept}", err=True)
+        click.echo(f"{printable(folder.path)} cannot be read ({folder.reason}): {kept}", err=True)
     if report.problems:
         click.echo(
-            f"{len(report.problems)} files are no pictures, such as {report.problems[0].found}; "
+            f"{len(report.problems)} files are no pictures, such as {plain(report.problems[0].found)}; "
             "mimco index problems lists them",
             err=True,
         )
@@ -248,7 +249,7 @@ def problems(workspace: Workspace, /, as_json: bool) -> None:
         print_json([asdict(one) for one in listed])
         return
     for one in listed:
-        click.echo(f"{one.problem:<12} {one.found}")
+        click.echo(f"{one.problem:<12} {plain(one.found)}")
 
 
 @index.command()

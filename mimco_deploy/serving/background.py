@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import numpy.typing as npt
 
+from mimco_deploy.errors import IndexStoreError
 from mimco_deploy.serving.catalog import Catalog
 
 Floats = npt.NDArray[np.float64]
@@ -92,8 +93,21 @@ def in_words(confidence: float | None) -> str:
 
 def background_of(catalog: Catalog) -> Background | None:
     """The background as recorded, None where there are too few pictures. Inside a snapshot."""
-    text = catalog.setting(_SETTING)
-    return None if text is None else Background(**json.loads(text))
+    return catalog.parsed(_SETTING, Background)
+
+
+def references_of(background: Background | None, vectors: Vectors) -> Vectors:
+    """[R, D], the embeddings that queries are compared with.
+
+    Raises:
+        IndexStoreError: the background names rows that there are none of.
+    """
+    try:
+        return np.ascontiguousarray(vectors[background.reference if background else []])
+    except (IndexError, TypeError, ValueError) as error:
+        raise IndexStoreError(
+            "the background of the index names rows that it has not", command="mimco index repair"
+        ) from error
 
 
 def keep_background(catalog: Catalog, vectors: Vectors, dead: npt.NDArray[np.int64]) -> None:

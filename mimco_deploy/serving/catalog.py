@@ -26,11 +26,11 @@ import logging
 import os
 import sqlite3
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -55,6 +55,9 @@ _LEFT_BEHIND = {
     sqlite3.SQLITE_READONLY_RECOVERY,
 }
 CONTENT = "sha256, crc32, width_px, height_px, taken, camera"
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -164,7 +167,9 @@ class Catalog:
                         command="mimco index reindex DIR",
                     )
                 self.fingerprint = self._setting("fingerprint")
-                self.embedding_dim = int(self._setting("embedding_dim"))
+                self.embedding_dim = self._number("embedding_dim")
+                if not 0 < self.embedding_dim < 2**16:
+                    raise self._unreadable("embedding_dim")
                 copy = self._copied() if private else None
             if copy is not None:
                 self._db.close()
@@ -239,11 +244,32 @@ class Catalog:
 
     def made_by(self) -> dict[str, str]:
         """What embedded last: `provider`, `precision`, and `encoder`, path of a bundle that is not the workspace's."""
-        return dict(json.loads(self.setting(MADE_BY) or "{}"))
+        return self.parsed(MADE_BY, dict) or {}
 
     def revision(self) -> int:
         """A number that grows with every change."""
-        return int(self._setting("revision"))
+        return self._number("revision")
+
+    def parsed(self, key: str, make: Callable[..., T]) -> T | None:
+        """A setting that is a JSON object, as the arguments of `make`; None where it is not set.
+
+        Raises:
+            IndexStoreError: it is something else.
+        """
+        text = self.setting(key)
+        try:
+            return None if text is None else make(**json.loads(text))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise self._unreadable(key) from error
+
+    def _number(self, key: str) -> int:
+        try:
+            return int(self._setting(key))
+        except ValueError as error:
+            raise self._unreadable(key) from error
+
+    def _unreadable(self, key: str) -> IndexStoreError:
+        return IndexStoreError(f"{self._path}: its setting {key!r} cannot be read", command="mimco index repair")
 
     def row_count(self) -> int:
         """How many rows of the vector store count."""

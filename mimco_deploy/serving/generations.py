@@ -77,7 +77,7 @@ def current_generation(index: Path) -> Generation:
     try:
         document = json.loads(pointer.read_text(encoding="utf-8"))
         version, number = document["format_version"], int(document["generation"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise IndexStoreError(f"{pointer} cannot be read ({error!r})", command="mimco index reindex DIR") from error
     if version != FORMAT_VERSION:
         raise IndexStoreError(

@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from mimco_deploy.errors import IndexStoreError
 from mimco_deploy.serving.ann import Searcher
-from mimco_deploy.serving.background import Background, background_of
+from mimco_deploy.serving.background import Background, background_of, references_of
 from mimco_deploy.serving.catalog import Catalog, Counts, Listed, Problem
 from mimco_deploy.serving.filters import LIMIT_S, Filter, FilteredFiles
 from mimco_deploy.serving.generations import POINTER_FILE, Generation, check_encoder
@@ -333,7 +333,7 @@ class ImageIndex:
             if state is None or (state.generation, state.revision) != (generation, revision):
                 vectors = read_vectors(generation.vectors, catalog.embedding_dim, catalog.row_count())
                 background = background_of(catalog)
-                references = np.ascontiguousarray(vectors[background.reference if background else []])
+                references = references_of(background, vectors)
                 searcher = open_searcher(generation, catalog, vectors)
                 state = self._state = _State(generation, revision, searcher, background, references)
         return state

@@ -98,14 +98,12 @@ class Tuning:
 
 def tuning_of(catalog: Catalog) -> Tuning:
     """How an index is searched, as recorded. Inside a snapshot."""
-    text = catalog.setting(_SETTING)
-    return Tuning(kind=EXACT, reason="there is little to read") if text is None else Tuning(**json.loads(text))
+    return catalog.parsed(_SETTING, Tuning) or Tuning(kind=EXACT, reason="there is little to read")
 
 
 def budget_of(catalog: Catalog) -> Budget:
     """The budget of an index. Inside a snapshot."""
-    text = catalog.setting(BUDGET)
-    return Budget() if text is None else Budget(**json.loads(text))
+    return catalog.parsed(BUDGET, Budget) or Budget()
 
 
 def set_budget(catalog: Catalog, budget: Budget) -> None:

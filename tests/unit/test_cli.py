@@ -19,7 +19,7 @@ from mimco_deploy.commands.train import train
 from mimco_deploy.errors import ImageError, WorkspaceError
 from mimco_deploy.serving.update import update_index
 from mimco_deploy.training.presets import STAGE1_METHODS, STAGE2_METHODS
-from tests.helpers import CountingEncoder, below, gallery, tiny_bundle
+from tests.helpers import CountingEncoder, below, gallery, save, tiny_bundle
 
 HEAVY = {"torch", "torchvision", "timm", "onnx", "onnxscript", "tensorboard", "safetensors"}
 SERVING = {"numpy", "PIL", "faiss", "onnxruntime", "rich"}
@@ -245,3 +245,22 @@ def test_the_methods_on_offer_are_those_there_are() -> None:
         "stage1": STAGE1_METHODS,
         "stage2": STAGE2_METHODS,
     }
+
+
+def test_a_name_steers_no_terminal(tmp_path: Path) -> None:
+    """In a list, a message and a warning: escape sequences of a file's name are shown as �."""
+    folder = tmp_path / "a\x1b]0;title\x07"
+    folder.mkdir()
+    (folder / "\x1b[31mred.png").write_bytes(b"no picture")
+    save(folder / "good.png", 1)
+    run = CliRunner().invoke
+    for words in (
+        ["index", str(folder)],
+        ["index", "problems"],
+        ["index", "status"],
+        ["index", "forget", str(folder / "x")],
+    ):
+        done = run(main, ["--workspace", str(tmp_path / "ws"), *words])
+        assert "\x1b" not in done.output
+        assert "\x07" not in done.output
+        assert "�" in done.output or "\\x1b" in done.output

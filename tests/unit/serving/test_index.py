@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sqlite3
 import threading
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from mimco_deploy.serving.query import search_image
 from mimco_deploy.serving.roots import forget_roots
 from mimco_deploy.serving.scan import Scan, scan_root
 from mimco_deploy.serving.update import Progress, UpdateReport, update_index
-from tests.helpers import CountingEncoder, Embeddings, Images, gallery, save, tiny_bundle
+from tests.helpers import CountingEncoder, Embeddings, Images, gallery, golden_images, save, tiny_bundle
 
 
 class Place:
@@ -499,3 +500,42 @@ def test_a_picture_that_is_turned_by_its_exif_is_found_by_the_turned_one(place: 
     hit = place.search(tmp_path / "sideways.png")[0]
     assert hit.path == path
     assert hit.score == pytest.approx(1, abs=1e-6)
+
+
+OUTSIDE = '{"rows": 1, "reference": [9999999], "z": [], "tail": 1}'
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("embedding_dim", value) for value in ("abc", "", "0", "-3", "1e9")),
+        ("revision", "abc"),
+        *(
+            ("background", value)
+            for value in ("[]", "{", "{}", "[" * 5000, '{"rows": 1, "reference": [9999999], "z": [], "tail": 1}')
+        ),
+        *(("neighbours", value) for value in ("{}", "3", "null")),
+    ],
+)
+def test_settings_that_say_nothing_are_one_line(tmp_path: Path, key: str, value: str) -> None:
+    gallery(tmp_path / "images", 4)
+    update_index(tmp_path / "index", [tmp_path / "images"], CountingEncoder())
+    catalog = sqlite3.connect(next((tmp_path / "index").glob("0*/catalog.sqlite")))
+    with catalog:
+        catalog.execute("INSERT OR REPLACE INTO settings VALUES (?, ?)", (key, value))
+    catalog.close()
+    with pytest.raises(IndexStoreError) as caught:
+        ImageIndex.open(tmp_path / "index").search(CountingEncoder().embed(golden_images(1))[0], 1)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "pointer", ['{"format_version": 1, "generation": 1e999}', "[" * 100_000, '{"format_version": 1}']
+)
+def test_a_pointer_that_says_nothing_is_one_line(tmp_path: Path, pointer: str) -> None:
+    gallery(tmp_path / "images", 1)
+    update_index(tmp_path / "index", [tmp_path / "images"], CountingEncoder())
+    (tmp_path / "index/index.json").write_text(pointer, encoding="utf-8")
+    with pytest.raises(IndexStoreError, match="cannot be read"):
+        ImageIndex.open(tmp_path / "index")
