@@ -44,8 +44,8 @@ class BuiltEngine:
         spec, size = self.engine.spec, self.engine.plan.stat().st_size / 2**20
         state = "built" if self.is_new else "up to date"
         products = ", ".join(f"{count} {name}" for name, count in self.engine.layers.items() if "MULTIPLY" in name)
-        proved = "proved on this GPU" if spec.gpu else "of a network with"
-        return f"{spec.flavour} {spec.version}: {self.engine.plan} {state}, {size:.1f} MiB ({proved} {products})"
+        proved = "proved on its GPU: " if spec.gpu else "of a network with "
+        return f"{spec.flavour} {spec.version}: {self.engine.plan} {state}, {size:.1f} MiB ({proved}{products})"
 
 
 def bundle_is_current(folder: Path, precisions: Sequence[Precision], student: Path) -> bool:

@@ -135,7 +135,13 @@ class Searcher:
         if self._ivf is None or k > MAX_APPROXIMATE_K or k == 0:
             return _search_exact(self._vectors, self._live, queries, k)
         fetched = min(self._covered, k * self._per_hit + _SPARE)
-        proposed: Rows = self._ivf.search(queries, fetched, params=self._parameters)[1]  # [Q, fetched], −1: none
+        try:
+            proposed: Rows = self._ivf.search(queries, fetched, params=self._parameters)[1]  # [Q, fetched], −1: none
+        except RuntimeError as error:  # of a damaged file
+            reason = str(error).splitlines()[0][-100:]
+            raise IndexStoreError(
+                f"the approximate index cannot be searched ({reason})", command="mimco index tune"
+            ) from error
         if self._tail.count:
             proposed = np.concatenate([proposed, self._tail.search(queries, k)[1] + self._covered], axis=1)
         scores, rows = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
