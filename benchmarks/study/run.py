@@ -142,8 +142,9 @@ def student_config(row: Row, seed: int, arguments: argparse.Namespace) -> Stage2
 
 
 def differing(first: object, second: object) -> list[str]:
-    """The sections in which two runs' settings differ."""
+    """The sections in which two runs' settings differ; not where pictures and teacher lie, which a checkpoint knows."""
     names = [item.name for item in dataclasses.fields(second)]  # type: ignore[arg-type]
+    names = [name for name in names if name not in ("data", "teacher")]
     return [name for name in names if getattr(first, name, None) != getattr(second, name)]
 
 

@@ -77,7 +77,8 @@ def cell(documents: list[dict[str, Any]], part: str, protocol: str, name: str) -
     low, high = interval(found[0], protocol, name)
     digits = 1 if name == "effective rank" else 3
     if len(values) == 1:
-        return f"{values[0]:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+        known = low is not None and high is not None
+        return f"{values[0]:.{digits}f}" + (f" ({low:.{digits}f} to {high:.{digits}f})" if known else "")
     return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 

@@ -222,7 +222,4 @@ def _print_measures(rows: Sequence[Sequence[Measure | None]], names: Sequence[st
 
 
 def _shown(measure: Measure | None) -> str:
-    if measure is None:
-        return ""
-    chosen = f", {measure.chosen}" if measure.chosen else ""
-    return f"{measure.value:.3f} ({measure.low:.3f} to {measure.high:.3f}){chosen}"
+    return "" if measure is None else measure.in_words()

@@ -44,12 +44,19 @@ class Measure:
     """What was chosen on the way, on other pictures."""
     values: Floats | None = field(default=None, repr=False, compare=False)
     """What it is the mean of, for paired comparisons; None where it is no mean."""
+    draws: Floats | None = field(default=None, repr=False, compare=False)
+    """The same by draws of examples, [T, N], where there were some."""
 
     @property
     def beyond_chance(self) -> bool:
         """Whether a difference is: an interval without 0, and as many pictures that differ as a sign test needs."""
         differing = 0 if self.values is None else int(np.count_nonzero(np.nan_to_num(self.values)))
         return (self.low > 0 or self.high < 0) and differing >= _DIFFERING
+
+    def in_words(self) -> str:
+        """The number, its interval where there is one, and what was chosen."""
+        interval = f" ({self.low:.3f} to {self.high:.3f})" if np.isfinite([self.low, self.high]).all() else ""
+        return f"{self.value:.3f}{interval}{self.chosen and f', {self.chosen}'}"
 
     def as_row(self) -> dict[str, float | int | str | None]:
         """For JSON, which has no NaN: null where a number is not known."""
@@ -79,8 +86,6 @@ def mean_of(protocol: str, name: str, values: npt.ArrayLike, chosen: str = "") -
     value, count = float(known.mean()), len(known)
     if np.isin(known, (0.0, 1.0)).all():
         low, high = _wilson(value, count)
-    elif np.ptp(known) == 0 and value != 0:  # a bootstrap of what is all the same would call it certain
-        low, high = np.nan, np.nan
     else:
         low, high = _interval(_resampled_means(known))
     return Measure(
@@ -99,17 +104,25 @@ def mean_over_draws(protocol: str, name: str, values: Floats) -> Measure:
         name: of the measure.
         values: [T, N], for each draw and picture.
     """
-    draws, count = values.shape
-    by_picture, by_draw = values.mean(axis=0), values.mean(axis=1)
-    value = float(by_picture.mean())
-    error = 0.0
-    if count > 1:
-        error += float(by_picture.var(ddof=1)) / count
-    if draws > 1:
-        error += float(by_draw.var(ddof=1))  # of one draw: the examples are one draw where the encoder is used
-    half = _Z * float(np.sqrt(error))
+    by_picture = values.mean(axis=0)
+    value, count = float(by_picture.mean()), len(by_picture)
+    half = _half_over_draws(values)
     low, high = max(0.0, value - half), min(1.0, value + half)
-    return Measure(protocol=protocol, name=name, value=value, low=low, high=high, count=count, values=by_picture)
+    if np.ptp(by_picture) == 0:  # all right, or all wrong: what is seen does not vary, and is not certain
+        sure_low, sure_high = _wilson(value, count)
+        low, high = min(low, sure_low), max(high, sure_high)
+    return Measure(
+        protocol=protocol, name=name, value=value, low=low, high=high, count=count, values=by_picture, draws=values
+    )
+
+
+def _half_over_draws(values: Floats) -> float:
+    """Half an interval of the mean of [T, N]."""
+    draws, count = values.shape
+    error = float(values.mean(axis=0).var(ddof=1)) / count if count > 1 else 0.0
+    if draws > 1:
+        error += float(values.mean(axis=1).var(ddof=1))  # of one draw: that many are made where the encoder is used
+    return _Z * float(np.sqrt(error))
 
 
 def statistic_of(protocol: str, name: str, count: int, statistic: Callable[[Floats], float]) -> Measure:
@@ -150,6 +163,9 @@ def difference(first: Measure, second: Measure) -> Measure | None:
     if first.values is None or second.values is None or first.values.shape != second.values.shape:
         return None
     apart = mean_of(first.protocol, first.name, second.values - first.values)
+    if first.draws is not None and second.draws is not None:  # both had the same examples
+        half = _half_over_draws(second.draws - first.draws)
+        return replace(apart, low=apart.value - half, high=apart.value + half)
     known = ~np.isnan(first.values) & ~np.isnan(second.values)
     before, after = first.values[known], second.values[known]
     if not len(before):
@@ -188,6 +204,8 @@ def _resampled_means(values: Floats) -> Floats:
 
 
 def _interval(drawn: Floats) -> tuple[float, float]:
+    if np.ptp(drawn) == 0 and drawn[0] != 0:  # of values all the same, which are not certain
+        return np.nan, np.nan
     edge = 100 * (1 - CONFIDENCE) / 2
     low, high = np.percentile(drawn, (edge, 100 - edge))
     return float(low), float(high)

@@ -120,8 +120,7 @@ def _differences(comparison: Comparison) -> str:
 
 
 def _number(measure: Measure) -> str:
-    chosen = f", {html.escape(measure.chosen)}" if measure.chosen else ""
-    return f"{measure.value:.3f} ({measure.low:.3f} to {measure.high:.3f}){chosen}"
+    return html.escape(measure.in_words())
 
 
 def _bar(measure: Measure) -> str:

@@ -136,6 +136,8 @@ def ensure_engine(
 
     Raises:
         EngineError: TensorRT refuses the graph or does not build it, or types are not those asked for.
+        BundleError: what was built on its GPU does not answer as the graph does.
+        MissingExtraError: cuda-python is not installed, to prove it with.
         KeyboardInterrupt: Ctrl-C; nothing is left behind.
     """
     try:
@@ -143,11 +145,13 @@ def ensure_engine(
     except EngineError as stale:
         there = (bundle.path / ENGINES / f"{spec.name}.plan").exists()
         logger.log(logging.WARNING if there else logging.INFO, "building %s: %s", spec.name, stale.found)
+    if spec.gpu:
+        load_cuda()  # which the proof takes: missing, it is told before minutes of building
     log = new_log(trt)
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
-    if not parser.parse_from_file(str(bundle.model(spec.precision))):
+    if not parser.parse(bundle.model(spec.precision).read_bytes()):  # by content: of weights beside it nothing is known
         problems = [parser.get_error(number) for number in range(parser.num_errors)]
         reasons = [f"{problem.node_operator()} {problem.node_name()}: {problem.desc()}" for problem in problems]
         raise _failed(spec, "cannot read the graph", reasons or log.errors)
@@ -162,7 +166,11 @@ def ensure_engine(
     if cache is not None and (measured := config.get_timing_cache()) is not None:
         write_bytes(cache, bytes(measured.serialize()))
     if spec.gpu:
-        _prove(trt, bundle, engine)
+        try:
+            _prove(trt, bundle, engine)
+        except BaseException:
+            engine.plan.unlink()
+            raise
     write_sidecar(engine)
     return engine, True
 

@@ -336,6 +336,7 @@ def _load_engine(path: Path, plan: str) -> tuple[Embed, str]:
 
     bundle = read_bundle(path)
     encoder = open_plan(bundle, bundle.path / ENGINES / plan)
+    encoder.prove()
     return encoder.embed, encoder.provider
 
 

@@ -269,7 +269,8 @@ class Catalog:
             raise self._unreadable(key) from error
 
     def _unreadable(self, key: str) -> IndexStoreError:
-        return IndexStoreError(f"{self._path}: its setting {key!r} cannot be read", command="mimco index repair")
+        again = "mimco index reindex DIR" if key == "embedding_dim" else "mimco index repair"
+        return IndexStoreError(f"{self._path}: its setting {key!r} cannot be read", command=again)
 
     def row_count(self) -> int:
         """How many rows of the vector store count."""

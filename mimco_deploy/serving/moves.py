@@ -118,9 +118,9 @@ def undo_moves(file: Path) -> Moves:
         left or are back already are in neither list.
 
     Raises:
-        MoveError: it is no such list, or names what it cannot have moved: files that do not lie below its own folder,
-            or are no pictures.
+        MoveError: it is no such list.
     """
+    own = os.path.realpath(file.parent)
     result = Moves([], [])
     treated: set[tuple[Path, Path]] = set()
     for move in reversed(_read(file)):
@@ -128,7 +128,7 @@ def undo_moves(file: Path) -> Moves:
             continue  # it left, came back and left again: the last line says what it is
         treated.add((move.source, move.target))
         try:
-            reason = _undo(move)
+            reason = _undo(move) if _may_come_back(move, own) else "no picture below the folder of this list"
         except OSError as error:
             reason = error.strerror or str(error)
         if reason is None:
@@ -280,17 +280,14 @@ def _read(file: Path) -> list[Move]:
             f"{readable(file)} has format version {document.get('format_version')}", expected=str(FORMAT_VERSION)
         )
     # A line that a kill cut short is of a file that had not moved.
-    moves = [move for move in map(_move_of, map(_document, lines)) if move is not None]
-    own = os.path.realpath(file.parent)
-    for move in moves:  # a list that came from elsewhere may bring nothing but its own pictures, and as pictures
-        parts = {*move.source.parts, *move.target.parts}
-        suffixes = {move.source.suffix.lower(), move.target.suffix.lower()}
-        if ".." in parts or not move.target.is_relative_to(own) or not suffixes <= IMAGE_SUFFIXES:
-            raise MoveError(
-                f"{readable(file)} names {readable(move.target)}, which --move-to did not put there",
-                expected="pictures below its own folder",
-            )
-    return moves
+    return [move for move in map(_move_of, map(_document, lines)) if move is not None]
+
+
+def _may_come_back(move: Move, own: str) -> bool:
+    """A list that came from elsewhere may bring nothing but the pictures of its own folder, and as pictures."""
+    suffixes = {move.source.suffix.lower(), move.target.suffix.lower()}
+    inside = ".." not in (*move.source.parts, *move.target.parts) and move.target.is_relative_to(own)
+    return inside and suffixes <= IMAGE_SUFFIXES
 
 
 def _document(line: bytes) -> dict[str, object]:

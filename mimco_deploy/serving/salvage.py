@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import sqlite3
 from collections.abc import Iterator
@@ -107,7 +108,7 @@ class Salvage:
             ("root_id", "path"),
             (int, bytes, int, int, str, str),
         )
-        kept = [(key, value) for key, value in self._settings.items() if key in _KEPT]
+        kept = [(key, value) for key, value in self._settings.items() if key in _KEPT and _is_object(value)]
         with explained(path), contextlib.closing(connect(path, "rw")) as new:
             new.execute("PRAGMA foreign_keys = OFF")  # what names a lost row is taken out below
             new.execute("BEGIN")
@@ -147,3 +148,10 @@ class Salvage:
                 logger.warning("the table %s is damaged: %s", table, error)
             else:
                 return
+
+
+def _is_object(text: object) -> bool:
+    try:
+        return isinstance(json.loads(str(text)), dict)
+    except (ValueError, RecursionError):
+        return False

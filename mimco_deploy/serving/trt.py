@@ -20,6 +20,8 @@ from mimco_deploy.errors import MissingExtraError
 logger = logging.getLogger(__name__)
 
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
+_NO_DEVICE = 100
+"""CUDA's `cudaErrorNoDevice`."""
 RTX_PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"
 """Of ONNX Runtime; it carries the libraries."""
 _RTX_LIBRARIES = ("libtensorrt_rtx.so.*", "libtensorrt_onnxparser_rtx.so.*")
@@ -76,11 +78,13 @@ def gpu_here() -> Gpu | None:
     except MissingExtraError:
         return _gpu_by_driver()
     status, device = cuda.cudaGetDevice()
-    if int(status) != 0:
+    properties: Any = None
+    if int(status) == 0:
+        status, properties = cuda.cudaGetDeviceProperties(device)
+    if int(status) == _NO_DEVICE:
         return None
-    status, properties = cuda.cudaGetDeviceProperties(device)
-    if int(status) != 0:
-        return None
+    if int(status) != 0:  # such as a driver too old for cuda-python: there may be a GPU, and using it will say why not
+        return _gpu_by_driver()
     return Gpu(properties.name.rstrip(b"\0").decode(), 10 * properties.major + properties.minor)
 
 

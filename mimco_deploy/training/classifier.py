@@ -67,7 +67,8 @@ class FineTuned(nn.Module):
         width = encoder.width if mean else encoder.own_width
         for name in ("fc_norm", "attn_pool", "head") if mean else ():
             unused = getattr(encoder.body, name, None)
-            if isinstance(unused, nn.Module):
+            # One of timm's layers, or a norm; a `head` of an architecture's own may be a part of what gives the tokens.
+            if isinstance(unused, nn.Module) and (name != "head" or type(unused).__module__.startswith("timm.layers")):
                 unused.requires_grad_(False)  # of the model's own vector, which nothing looks at
         self.norm = nn.LayerNorm(width, eps=1e-6) if mean else nn.Identity()
         self.head = _head(width, classes, method.head_std)

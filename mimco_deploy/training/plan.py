@@ -9,6 +9,7 @@ half of the free memory is left alone. Data loading is not measured.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -184,8 +185,12 @@ def make_plan(config: Config, method: nn.Module, make_views: MakeViews, pictures
     encoder = method.encoder
     assert isinstance(encoder, nn.Module)
     exported = sum(value.numel() * value.element_size() for value in encoder.state_dict().values())
-    if stepper.device.type == "cuda" and min(micro, largest // 2) > large.images:  # small steps leave a GPU idle
-        large = _probe(stepper, _noise(make_views, min(micro, largest // 2)))
+    usual = min(micro, largest // 2) // 2 * 2  # even: pictures may be mixed in pairs
+    if stepper.device.type == "cuda" and usual > large.images:  # small steps leave a GPU idle
+        with contextlib.suppress(
+            torch.OutOfMemoryError
+        ):  # somebody else took it meanwhile: the small step's rate stands
+            large = _probe(stepper, _noise(make_views, usual))
     rate = large.images * world_size() / large.seconds
     return Plan(
         encoder_parameters=sum(parameter.numel() for parameter in encoder.parameters()),
@@ -245,24 +250,27 @@ def _free_of_machine() -> int:
 
 
 def _free_of_group() -> float:
-    """What the container's limit leaves; infinity without one."""
+    """What the container's limit leaves; infinity without one. Files that were read fill memory too, and give way."""
     try:
         most, now = (int((_GROUP / name).read_text(encoding="ascii")) for name in ("memory.max", "memory.current"))
     except (OSError, ValueError):  # no such file, or `max`
         return math.inf
-    return max(0, most - now)
+    try:
+        told = re.search(r"^inactive_file (\d+)$", (_GROUP / "memory.stat").read_text(encoding="ascii"), re.MULTILINE)
+    except OSError:
+        told = None
+    return max(0, most - now + (int(told[1]) if told else 0))
 
 
 def _measure(stepper: Stepper | LabelledStepper, make_views: MakeViews) -> tuple[_Probe, _Probe]:
     """Two steps of different size, after one for what is made once."""
     for few, more in PROBES[stepper.device.type]:
-        try:
+        with contextlib.suppress(torch.OutOfMemoryError):
             views = _noise(make_views, few)
             stepper.take(0, lambda views=views: views)  # type: ignore[misc]  # bound now
             return _probe(stepper, views), _probe(stepper, _noise(make_views, more))
-        except torch.OutOfMemoryError:
-            stepper.optimizer.zero_grad()
-            torch.cuda.empty_cache()
+        stepper.optimizer.zero_grad()  # now that no traceback holds the activations
+        torch.cuda.empty_cache()
     raise DoesNotFitError(
         f"not even a step of {more} images fits into the {free_memory(stepper.device) / MIB:.0f} MiB that are free",
         expected="more memory, --set run.grad_checkpointing=true or a smaller backbone",

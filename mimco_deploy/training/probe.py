@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -46,6 +47,8 @@ class Sight:
     """Of each shown picture: the nearest of the others, best first."""
     scores: list[list[float]]
     """Their cosines."""
+    pictures: str = ""
+    """Which were looked at; see `Probe.key`."""
 
 
 class Probe:
@@ -93,7 +96,13 @@ class Probe:
             None if self._labels is None else leave_one_out(cosines, self._labels),
             near.indices.tolist(),
             [[round(score, 4) for score in row] for row in near.values.tolist()],
+            self.key,
         )
+
+    @property
+    def key(self) -> str:
+        """Tells probes of other pictures apart."""
+        return hashlib.sha256(str(self.numbers).encode()).hexdigest()[:12]
 
     @property
     def shown(self) -> list[int]:
@@ -110,14 +119,16 @@ def choose(labels: Sequence[str | None]) -> list[int]:
     Returns:
         Rising indices, `PICTURES` at most.
     """
-    classes = sorted({label for label in labels if label is not None})
-    if None in labels or len(classes) <= CLASSES:
-        return _evenly(range(len(labels)), PICTURES)
-    members: dict[str | None, list[int]] = {classes[place]: [] for place in _evenly(range(len(classes)), CLASSES)}
+    members: dict[str | None, list[int]] = {}
     for index, label in enumerate(labels):
-        if label in members:
-            members[label].append(index)
-    return sorted(index for found in members.values() for index in _evenly(found, PICTURES // CLASSES))
+        members.setdefault(label, []).append(index)
+    if None not in members and len(members) > CLASSES:
+        for each in (PICTURES // CLASSES, PICTURES // CLASSES // 2):
+            large = [label for label, found in members.items() if len(found) >= each]
+            if len(large) >= CLASSES:
+                chosen = [members[large[place]] for place in _evenly(range(len(large)), CLASSES)]
+                return sorted(index for found in chosen for index in _evenly(found, each))
+    return _evenly(range(len(labels)), PICTURES)  # few classes, or folders that hold a picture or two
 
 
 def _evenly(items: Sequence[int], most: int) -> list[int]:

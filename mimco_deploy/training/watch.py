@@ -45,7 +45,8 @@ class Watch:
         self._encoder, self._pooling = method.encoder, pooling_of(method, method.encoder)
         self._config, self._corpus, self._make_views, self._folder = config, corpus, make_views, folder
         self._probe = make_probe(corpus, config.backbone.image_size_px)
-        self._sights = read_sights(folder, step) if step else []
+        earlier = read_sights(folder, step) if step and self._probe is not None else []
+        self._sights = [sight for sight in earlier if self._probe is not None and sight.pictures == self._probe.key]
         self._masked = self._draw_masks()
 
     @property
@@ -58,9 +59,9 @@ class Watch:
         if self._probe is None:
             return
         seen = self._probe.look(step, self._encoder, self._pooling)
-        earlier = [sight for sight in self._sights if sight.step < step]
-        self._sights = earlier if seen is None else [*earlier, seen]
-        write_sights(self._folder, self._sights)
+        if seen is not None:
+            self._sights = [*(sight for sight in self._sights if sight.step < step), seen]
+            write_sights(self._folder, self._sights)
 
     def update(self, step: int, total_steps: int, *, look: bool) -> None:
         """Write the report; with `look` embed the probe's pictures first."""
@@ -71,7 +72,7 @@ class Watch:
     def alarm(self, error: TrainingError) -> TrainingError:
         """Keep the batch of the step that went wrong, say so in the report, and give the error with where it is."""
         path = self._keep_batch(error.step)
-        self._look(error.step)
+        self._look(error.step + 1)  # steps done; after the last good look, which stays
         self._write(f"ended at step {error.step:,}", alarm=f"{error}. Its batch is in {path.name}.")
         return TrainingError(f"{error.found} (its batch is in {path})", expected=error.expected, step=error.step)
 

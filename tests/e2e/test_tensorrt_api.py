@@ -138,7 +138,7 @@ def missing_in(
 def test_the_list_holds_what_the_code_is_known_to_use() -> None:
     names = names_used()
     known = {
-        *("Builder.build_serialized_network", "OnnxParser.parse_from_file", "ParserError.desc", "ITensor.dtype"),
+        *("Builder.build_serialized_network", "OnnxParser.parse", "ParserError.desc", "ITensor.dtype"),
         *("IBuilderConfig.progress_monitor", "Runtime.deserialize_cuda_engine", "IExecutionContext.execute_async_v3"),
         *("NetworkDefinitionCreationFlag.STRONGLY_TYPED", "LayerInformationFormat.JSON", "ILogger.ERROR"),
         *("ICudaEngine.get_tensor_shape", "MemoryPoolType.WORKSPACE", "ITimingCache.serialize"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,20 +61,41 @@ def test_the_variable_comes_before_the_search_and_the_option_before_both(
     assert find_workspace(start=tmp_path).path == tmp_path / ".mimco"
 
 
-def test_another_users_workspace_further_up_is_refused_unless_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("mine", "owner", "above", "is_refused"),
+    [
+        (1000, 1000, 0, False),
+        (1000, 0, 0, False),
+        (1000, 1001, 1001, False),  # a colleague's folder, with the workspace in it
+        (0, 1000, 1000, False),  # a container's root, and the folder of its user
+        (1000, 1001, 0, True),  # /tmp/.mimco
+        (0, 1001, 0, True),
+        (1000, 1001, 1002, True),
+    ],
+)
+def test_a_workspace_that_others_may_have_put_there_is_not_looked_into(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mine: int, owner: int, above: int, is_refused: bool
 ) -> None:
-    """As one in /tmp, put there for others to fall for."""
     found = tmp_path / FOLDER_NAME
     found.mkdir()
-    monkeypatch.setattr(os, "geteuid", lambda: found.stat().st_uid + 1)
-    stat = Path.stat
-    monkeypatch.setattr(Path, "stat", lambda path, **_: os.stat_result((*stat(path)[:4], 4242, *stat(path)[5:10])))
-    with pytest.raises(WorkspaceError, match=r"belongs to another user; expected one of yours; run: mimco --workspace"):
-        find_workspace(start=tmp_path)
-    assert find_workspace(found).path == found
-    monkeypatch.setattr(os, "geteuid", lambda: 0)
-    assert find_workspace(start=tmp_path).path == found
+    real = Path.stat
+
+    def owned(path: Path, **_: Any) -> os.stat_result:
+        status = real(path)
+        return os.stat_result((*status[:4], owner if path == found else above, *status[5:10]))
+
+    monkeypatch.setattr(os, "geteuid", lambda: mine)
+    monkeypatch.setattr(Path, "stat", owned)
+    workspace = find_workspace(start=tmp_path)
+    assert workspace.path == found
+    if is_refused:
+        with pytest.raises(WorkspaceError, match=r"belongs to another user; .*run: export MIMCO_WORKSPACE="):
+            _ = workspace.index
+    else:
+        assert workspace.index == found / "index"
+    assert find_workspace(found).index == found / "index"  # who names it trusts it
+    monkeypatch.setenv("MIMCO_WORKSPACE", str(found))
+    assert find_workspace(start=tmp_path).index == found / "index"
 
 
 def test_a_file_in_its_place_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,9 @@ OUTPUT_NAME = "embedding"
 PATCHES_NAME = "patches"
 _AGAIN = "mimco export --format onnx"
 _FATAL_ONLY = 4
+_LOOKS_WHERE_TOLD = (1, 32)
+"""Release of ONNX Runtime from which a graph on the disk finds weights in the folder named and nowhere else; tried:
+1.24 does not, 1.32 does."""
 _CPU = "CPUExecutionProvider"
 # TensorFloat-32 keeps 10 bits of each factor: embeddings would leave the tolerance of the golden check.
 _PROVIDERS: dict[str, tuple[str, dict[str, str]]] = {
@@ -168,7 +171,7 @@ def _open_session(bundle: Bundle, precision: Precision | None, device: Device, s
     if device == "tensorrt" and (rtx := _rtx_devices(ort)):
         chosen = precision or bundle.precision_for("tensorrt")
         try:
-            session = _start(ort, bundle, chosen, None, rtx)
+            session = _start(ort, bundle, chosen, None, rtx[:1])  # it takes one
             if session.get_providers()[0] == rtx[0].ep_name:
                 return session, chosen
         except BundleError as error:  # another provider may be here, or says what is missing
@@ -199,13 +202,14 @@ def _rtx_devices(ort: Any) -> list[Any]:
     """The GPUs for which ONNX Runtime's plug-in of TensorRT for RTX is installed and starts."""
     if importlib.util.find_spec(RTX_PLUGIN) is None:
         return []
-    plugin = importlib.import_module(RTX_PLUGIN)
-    name = plugin.get_ep_name()
+    name = RTX_PLUGIN
 
     def devices() -> list[Any]:
         return [device for device in ort.get_ep_devices() if device.ep_name == name]
 
     try:
+        plugin = importlib.import_module(RTX_PLUGIN)
+        name = plugin.get_ep_name()
         if not devices():  # once in a process
             ort.register_execution_provider_library(name, plugin.get_library_path())
         return devices()
@@ -220,13 +224,16 @@ def _start(
     """A session on providers that ONNX Runtime has built in, or on the devices of a plug-in."""
     model = bundle.model(precision)
     options = ort.SessionOptions()
-    if devices:
-        options.add_provider_for_devices(devices, {})
     options.log_severity_level = _FATAL_ONLY  # what matters is raised below, in our words
-    # Weights in a file beside the graph would be no part of what its hash says: nothing is found there.
+    # Weights in a file beside the graph would be no part of what its hash says. Older releases look beside it whatever
+    # they are told, unless they are given the content, which takes twice as long to load.
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
+    told_where = tuple(map(int, ort.__version__.split(".")[:2])) >= _LOOKS_WHERE_TOLD
     try:
-        return ort.InferenceSession(model, sess_options=options, providers=providers, enable_fallback=0)
+        if devices:
+            options.add_provider_for_devices(devices, {})
+        source = model if told_where else model.read_bytes()
+        return ort.InferenceSession(source, sess_options=options, providers=providers, enable_fallback=0)
     except Exception as error:  # ORT's own classes share no base
         reason = first_line(error)
         if "NOT_IMPLEMENTED" in reason and precision == "bf16":

@@ -11,6 +11,7 @@ import ctypes
 import dataclasses
 import logging
 import shlex
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -286,7 +287,7 @@ def open_engine(
     wanted = precision or bundle.defaults.get("tensorrt")
     reasons: list[tuple[int, MimcoError]] = []
     for sidecar in sorted((bundle.path / ENGINES).glob("*.json")):  # a plan without one does not count
-        apart = 0
+        apart = sys.maxsize  # until it is known what would have to be otherwise
         try:
             engine = read_engine(sidecar.with_suffix(".plan"))
             if wanted is not None and engine.spec.precision != wanted:

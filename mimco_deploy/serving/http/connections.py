@@ -29,11 +29,11 @@ _LINGER_S = 1.0
 
 
 def most_connections() -> int:
-    """Connections that are held at once: half the files that this process may open, for pictures need some too."""
+    """Connections that are held at once: a third of the files that may be open, for a picture being sent takes two."""
     if resource is None:
         return _MOST
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return _MOST if soft == resource.RLIM_INFINITY else max(1, min(_MOST, soft // 2))
+    return _MOST if soft == resource.RLIM_INFINITY else max(1, min(_MOST, soft // 3))
 
 
 class PatientProtocol(H11Protocol):

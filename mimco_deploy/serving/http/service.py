@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -238,7 +239,7 @@ class Service:
         """
         for file in await self.files_with(content):
             path = Path(file.root, file.path)
-            with contextlib.suppress(OSError):
+            with _gone_or_busy():
                 descriptor = await asyncio.to_thread(self._originals.open, path, file.stamp, content)
                 if descriptor is not None:
                     return path, descriptor
@@ -497,6 +498,16 @@ def _hit(hit: Hit) -> schemas.Hit:
         confidence=hit.confidence,
         confidence_word=in_words(hit.confidence),
     )
+
+
+@contextlib.contextmanager
+def _gone_or_busy() -> Iterator[None]:
+    """Go on where a file cannot be opened, but where it is this process that has too many open."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise BusyError(1) from error
 
 
 def _seen(

@@ -96,6 +96,10 @@ def test_the_interval_of_a_paired_difference_holds_the_truth(shares: tuple[float
 def test_what_is_all_the_same_has_no_interval_by_resampling() -> None:
     constant = mean_of("p", "n", [0.5] * 12)
     assert np.isnan([constant.low, constant.high]).all()
+    assert constant.in_words() == "0.500"
+    higher = difference(constant, mean_of("p", "n", [0.75] * 12))
+    assert higher is not None
+    assert np.isnan([higher.low, higher.high]).all()
     nothing = difference(constant, constant)
     assert nothing is not None
     assert (nothing.low, nothing.value, nothing.high) == (0.0, 0.0, 0.0)

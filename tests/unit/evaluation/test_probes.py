@@ -9,7 +9,7 @@ import pytest
 from mimco_deploy.errors import EvaluationError
 from mimco_deploy.evaluation.few_shot import few_shot
 from mimco_deploy.evaluation.linear import GRID, probe
-from mimco_deploy.evaluation.measures import mean_over_draws
+from mimco_deploy.evaluation.measures import difference, mean_over_draws
 
 Data = tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]
 
@@ -81,6 +81,25 @@ def test_the_interval_of_few_shots_holds_other_draws_of_examples() -> None:
         measure = mean_over_draws("few-shot", "top-1", all_draws[start : start + 10])
         assert measure.value == pytest.approx(all_draws[start : start + 10].mean())
         held += measure.low <= all_draws.mean() <= measure.high
+    assert held >= 27
+
+
+def test_twelve_of_twelve_in_every_draw_are_not_certain() -> None:
+    measure = mean_over_draws("few-shot", "top-1", np.ones((10, 12)))
+    assert (measure.value, measure.high) == (1.0, 1.0)
+    assert measure.low == pytest.approx(0.757, abs=1e-3)
+
+
+def test_a_difference_over_draws_holds_that_of_other_draws() -> None:
+    (gallery, labels), (queries, truth) = clusters(600, 1.0, 0), clusters(400, 1.0, 1)
+    worse = gallery + np.random.default_rng(3).normal(size=gallery.shape).astype(np.float32)
+    ours, theirs = (few_shot(one, labels, queries, truth, shots=1, tries=300) for one in (gallery, worse))
+    held = 0
+    for start in range(0, 300, 10):
+        some = slice(start, start + 10)
+        apart = difference(mean_over_draws("f", "n", ours[some]), mean_over_draws("f", "n", theirs[some]))
+        assert apart is not None
+        held += apart.low <= theirs.mean() - ours.mean() <= apart.high
     assert held >= 27
 
 

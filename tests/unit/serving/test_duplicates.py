@@ -671,9 +671,20 @@ def test_a_strangers_list_brings_nothing_but_its_own_pictures(twice: Place, chan
         changes = {"to": f"{twice.out}/../a.png"}
     file.write_text(f"{header}\n{json.dumps({**document, **changes})}\n", "ascii")
     before = twice.tree()
-    with pytest.raises(MoveError, match="which --move-to did not put there"):
-        undo_moves(file)
+    undone = undo_moves(file)
+    assert [one.reason for one in undone.skipped] == ["no picture below the folder of this list"]
     assert twice.tree() == before
+
+
+def test_a_line_of_an_old_place_keeps_no_other_back(twice: Place) -> None:
+    twice.move()
+    file = twice.out / UNDO_FILE
+    old = {"from": str(twice.photos / "x.png"), "to": "/media/old/x.png", "sha256": "0" * 64}
+    file.write_text(file.read_text("ascii") + json.dumps(old) + "\n", "ascii")
+    undone = undo_moves(file)
+    assert len(undone.moved) == 3
+    assert [str(one.path) for one in undone.skipped] == ["/media/old/x.png"]
+    twice.move()  # adds to the list
 
 
 def test_a_pipe_in_place_of_a_picture_is_not_read(twice: Place) -> None:

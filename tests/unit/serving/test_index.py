@@ -14,10 +14,13 @@ from PIL import Image
 from mimco_deploy.errors import BundleError, EncoderMismatchError, ImageError, IndexStoreError
 from mimco_deploy.images import MAX_BYTES
 from mimco_deploy.serving import update
+from mimco_deploy.serving.catalog import Catalog
 from mimco_deploy.serving.encoders import load_encoder
+from mimco_deploy.serving.generations import current_generation
 from mimco_deploy.serving.guarded import NEVER_OPENED, DecodePool, RefusedError
 from mimco_deploy.serving.index import Hit, ImageIndex
 from mimco_deploy.serving.query import search_image
+from mimco_deploy.serving.rewrite import repair
 from mimco_deploy.serving.roots import forget_roots
 from mimco_deploy.serving.scan import Scan, scan_root
 from mimco_deploy.serving.update import Progress, UpdateReport, update_index
@@ -539,3 +542,17 @@ def test_a_pointer_that_says_nothing_is_one_line(tmp_path: Path, pointer: str) -
     (tmp_path / "index/index.json").write_text(pointer, encoding="utf-8")
     with pytest.raises(IndexStoreError, match="cannot be read"):
         ImageIndex.open(tmp_path / "index")
+
+
+def test_repair_drops_what_it_cannot_read_of_the_settings(tmp_path: Path) -> None:
+    gallery(tmp_path / "images", 3)
+    update_index(tmp_path / "index", [tmp_path / "images"], CountingEncoder())
+    catalog = sqlite3.connect(next((tmp_path / "index").glob("0*/catalog.sqlite")))
+    with catalog:
+        catalog.execute("INSERT OR REPLACE INTO settings VALUES ('made_by', '[1]')")
+    catalog.close()
+    with Catalog(current_generation(tmp_path / "index").catalog) as broken, pytest.raises(IndexStoreError):
+        broken.made_by()
+    repair(tmp_path / "index")
+    update_index(tmp_path / "index", [tmp_path / "images"], CountingEncoder())
+    assert ImageIndex.open(tmp_path / "index").picture_count() == 3

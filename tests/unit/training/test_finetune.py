@@ -478,6 +478,15 @@ def test_another_architecture_than_the_encoders_is_refused(tmp_path: Path, here:
         train_with_labels(config, tmp_path / "run")
 
 
+def test_a_head_that_gives_the_tokens_is_trained() -> None:
+    """As in SelecSLS, of whose convolutions most are called so."""
+    encoder = Backbone(BACKBONE)
+    encoder.body.head = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1))
+    config = finetune_preset(encoder.config)
+    FineTuned(encoder, dataclasses.replace(config, method=dataclasses.replace(config.method, pooling="mean")), 3)
+    assert all(value.requires_grad for value in encoder.body.head.parameters())
+
+
 @pytest.mark.parametrize(
     ("name", "shape"),
     [

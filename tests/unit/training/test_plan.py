@@ -119,6 +119,8 @@ def test_free_memory_is_what_the_machine_and_its_group_leave(tmp_path: Path, mon
     assert planning.free_memory(torch.device("cpu")) == pytest.approx(free, rel=0.3)
     (tmp_path / "memory.max").write_text(f"{50 * MIB}\n", encoding="ascii")
     assert planning.free_memory(torch.device("cpu")) == 50 * MIB - 1000
+    (tmp_path / "memory.stat").write_text("anon 900\ninactive_file 600\nactive_file 5\n", encoding="ascii")
+    assert planning.free_memory(torch.device("cpu")) == 50 * MIB - 400
 
 
 def test_a_run_is_fitted_first_by_computing_again_and_then_by_dividing(

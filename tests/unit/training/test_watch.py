@@ -32,6 +32,7 @@ from mimco_deploy.training.probe import (
     leave_one_out,
     make_probe,
     read_sights,
+    write_sights,
 )
 from mimco_deploy.training.report import write_report
 from tests.unit.training.small import (
@@ -126,6 +127,22 @@ def test_k_nn_has_several_pictures_of_each_class_however_many_there_are(classes:
     seen = Counter(labels[number] for number in numbers)
     assert len(seen) == min(classes, CLASSES)
     assert min(seen.values()) >= min(4, 4000 // classes)
+
+
+def test_folders_of_a_picture_or_two_do_not_make_the_probe_small() -> None:
+    dates = [f"2019-{number:04}" for number in range(3000) for _ in range(1 + number % 2)]
+    assert len(choose(dates)) == PICTURES
+    some = [*dates, *(f"large{number % 40}" for number in range(400))]
+    assert {some[number][:5] for number in choose(some)} == {"large"}
+
+
+def test_what_was_seen_of_other_pictures_is_not_gone_on_with(tmp_path: Path, photos: Path) -> None:
+    config = stage1_config(photos, checkpoint_every_steps=2)
+    with pytest.raises(TrainingInterrupted):
+        train_any(config, tmp_path, on_step=stop_at(4))
+    write_sights(tmp_path, [dataclasses.replace(one, pictures="others") for one in read_sights(tmp_path, 99)])
+    train_any(config, tmp_path, resume=read_checkpoint(tmp_path / "last"))
+    assert [sight.step for sight in read_sights(tmp_path, 99)] == [5, 6]
 
 
 def test_pictures_without_labels_are_evenly_spread() -> None:

@@ -233,6 +233,6 @@ def test_what_is_at_work_is_not_ended_for_others(port: int) -> None:
 
 
 def test_connections_leave_room_for_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    for soft, most in ((256, 128), (1024, 512), (1_000_000, 512), (resource.RLIM_INFINITY, 512)):
+    for soft, most in ((256, 85), (1024, 341), (1_000_000, 512), (resource.RLIM_INFINITY, 512)):
         monkeypatch.setattr(resource, "getrlimit", lambda _, soft=soft: (soft, soft))
         assert connections.most_connections() == most
