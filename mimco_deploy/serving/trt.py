@@ -130,16 +130,18 @@ def _load_rtx() -> Any:
         for library in libraries:
             ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
         bindings = importlib.import_module("tensorrt_rtx_bindings")
-        _check_same_version(str(bindings.__version__), libraries[0].name.split(".so.")[1] if libraries else "")
+        _check_same_version(str(bindings.__version__), [library.name.split(".so.")[1] for library in libraries])
         return bindings
     return importlib.import_module("tensorrt_rtx_bindings")
 
 
-def _check_same_version(bindings: str, library: str) -> None:
+def _check_same_version(bindings: str, libraries: list[str]) -> None:
     """Two packages that pip may bring apart; an engine is of the library's version, and we state that of the bindings.
 
     Raises:
         ImportError: they are apart.
     """
-    if library.count(".") == 2 and bindings.split(".")[:3] != library.split("."):
+    for library in libraries:  # some under the first number of their version alone, as links
+        if library.count(".") != 2 or bindings.split(".")[:3] == library.split("."):
+            continue
         raise ImportError(f"its bindings are of {bindings} and its libraries of {library}; upgrade both together")
