@@ -123,7 +123,7 @@ def test_pictures_are_measured_with_the_encoders_own_geometry_and_after_resuming
     here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     described = json.loads((save_encoder(tmp_path / "encoder") / "config.json").read_text(encoding="utf-8"))
-    described["pretrained_cfg"] |= {"crop_pct": 0.5, "interpolation": "bilinear"}
+    described["pretrained_cfg"] |= {"crop_pct": 0.5, "interpolation": "bilinear", "crop_mode": "squash"}
     (tmp_path / "encoder/config.json").write_text(json.dumps(described), encoding="utf-8")
     seen = set()
 
@@ -135,11 +135,11 @@ def test_pictures_are_measured_with_the_encoders_own_geometry_and_after_resuming
     config = dataclasses.replace(CONFIGS[kind](here), encoder=str(tmp_path / "encoder"))
     with pytest.raises(TrainingInterrupted):
         train_with_labels(config, tmp_path / "run", on_step=stop_at(4))
-    assert seen == {(BACKBONE.image_size_px, 0.5, "bilinear")}
+    assert seen == {(BACKBONE.image_size_px, 0.5, "bilinear", "squash")}
     shutil.rmtree(tmp_path / "encoder")
     saved = read_run(tmp_path / "run/last", kind)
     train_with_labels(saved.config, tmp_path / "run", resume=saved)
     assert len(seen) == 1
     if kind == "finetune":
         kept = json.loads((tmp_path / "run/last/timm/config.json").read_text(encoding="utf-8"))["pretrained_cfg"]
-        assert (kept["crop_pct"], kept["interpolation"]) == (0.5, "bilinear")
+        assert (kept["crop_pct"], kept["interpolation"], kept["crop_mode"]) == (0.5, "bilinear", "squash")
