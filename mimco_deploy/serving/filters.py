@@ -76,7 +76,7 @@ _INLINE = 16
 """Indexed folders that stand in the views."""
 LIMIT_S = 20.0
 """For one condition."""
-_STEPS_BETWEEN_LOOKS = 50
+_STEPS_BETWEEN_LOOKS = 400
 _MAX_VALUE = 8192
 """Letters of anything that a condition computes: one step of SQLite cannot be interrupted, so it must be short."""
 _MAX_PATTERN = 256
