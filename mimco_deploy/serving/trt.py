@@ -141,7 +141,6 @@ def _check_same_version(bindings: str, libraries: list[str]) -> None:
     Raises:
         ImportError: they are apart.
     """
-    for library in libraries:  # some under the first number of their version alone, as links
-        if library.count(".") != 2 or bindings.split(".")[:3] == library.split("."):
-            continue
-        raise ImportError(f"its bindings are of {bindings} and its libraries of {library}; upgrade both together")
+    whole = [library for library in libraries if library.count(".") == 2]  # links have the first number alone
+    if other := [library for library in whole if library.split(".") != bindings.split(".")[:3]]:
+        raise ImportError(f"its bindings are of {bindings} and its libraries of {other[0]}; upgrade both together")

@@ -187,9 +187,8 @@ def make_plan(config: Config, method: nn.Module, make_views: MakeViews, pictures
     exported = sum(value.numel() * value.element_size() for value in encoder.state_dict().values())
     usual = min(micro, largest // 2) // 2 * 2  # even: pictures may be mixed in pairs
     if stepper.device.type == "cuda" and usual > large.images:  # small steps leave a GPU idle
-        with contextlib.suppress(
-            torch.OutOfMemoryError
-        ):  # somebody else took it meanwhile: the small step's rate stands
+        # Where somebody else took the memory meanwhile, the small step's rate stands.
+        with contextlib.suppress(torch.OutOfMemoryError):
             large = _probe(stepper, _noise(make_views, usual))
     rate = large.images * world_size() / large.seconds
     return Plan(

@@ -10,7 +10,7 @@ import pytest
 
 from mimco_deploy.serving.map import write_map
 from mimco_deploy.serving.update import update_index
-from tests.e2e.browser import MARKS, WAIT_S, until
+from tests.e2e.browser import MARKS, opened, until
 from tests.helpers import CountingEncoder, gallery, save
 
 pytestmark = MARKS
@@ -19,27 +19,14 @@ MARKUP = "<b>bold<∕b>.png"
 
 @pytest.fixture
 def page(browser: Any, tmp_path: Path) -> Iterator[Any]:
-    """A map of seven pictures, one with markup in its name. Fails where it logs an error or asks for a file."""
+    """A map of seven pictures, one with markup in its name."""
     gallery(tmp_path / "images", 6)
     save(tmp_path / "images" / MARKUP, 99)
     update_index(tmp_path / "index", [tmp_path / "images"], CountingEncoder())
     write_map(tmp_path / "map.html", tmp_path / "index", "pca", 2000)
-    address = (tmp_path / "map.html").as_uri()
-    context = browser.new_context(viewport={"width": 1280, "height": 800})
-    page = context.new_page()
-    page.set_default_timeout(WAIT_S * 1e3)
-    wrong: list[str] = []
-    page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
-    page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on(
-        "request",
-        lambda request: None if request.url.startswith((address, "blob:", "data:")) else wrong.append(request.url),
-    )
-    page.goto(address)
-    until(page, "document.documentElement.dataset.ready !== undefined")
-    yield page
-    context.close()
-    assert wrong == []
+    with opened(browser, (tmp_path / "map.html").as_uri()) as page:
+        until(page, "document.documentElement.dataset.ready !== undefined")
+        yield page
 
 
 def listed(page: Any) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.browser import MARKS, WAIT_S, until
+from tests.e2e.browser import MARKS, WAIT_S, opened, until
 from tests.helpers import gallery
 from tests.unit.serving.http.conftest import COUNT, Place, make_place
 
@@ -53,21 +53,8 @@ def address(own: Place) -> Iterator[str]:
 
 @pytest.fixture
 def page(browser: Any, address: str) -> Iterator[Any]:
-    """Fails where the page logs an error or asks another machine."""
-    context = browser.new_context(viewport={"width": 1280, "height": 800})
-    page = context.new_page()
-    page.set_default_timeout(WAIT_S * 1e3)
-    wrong: list[str] = []
-    page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
-    page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on(
-        "request",
-        lambda request: None if request.url.startswith((address, "blob:", "data:")) else wrong.append(request.url),
-    )
-    page.goto(address)
-    yield page
-    context.close()
-    assert wrong == []
+    with opened(browser, address) as page:
+        yield page
 
 
 def names(page: Any) -> list[str]:

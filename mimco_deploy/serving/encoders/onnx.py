@@ -202,19 +202,14 @@ def _rtx_devices(ort: Any) -> list[Any]:
     """The GPUs for which ONNX Runtime's plug-in of TensorRT for RTX is installed and starts."""
     if importlib.util.find_spec(RTX_PLUGIN) is None:
         return []
-    name = RTX_PLUGIN
-
-    def devices() -> list[Any]:
-        return [device for device in ort.get_ep_devices() if device.ep_name == name]
-
     try:
         plugin = importlib.import_module(RTX_PLUGIN)
         name = plugin.get_ep_name()
-        if not devices():  # once in a process
+        if name not in [device.ep_name for device in ort.get_ep_devices()]:  # once in a process
             ort.register_execution_provider_library(name, plugin.get_library_path())
-        return devices()
+        return [device for device in ort.get_ep_devices() if device.ep_name == name]
     except Exception as error:  # ORT's own classes share no base; without a driver it does not load
-        logger.info("%s does not load: %s", name, telling_line(str(error)))
+        logger.info("%s does not load: %s", RTX_PLUGIN, telling_line(str(error)))
         return []
 
 
