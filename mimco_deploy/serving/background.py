@@ -59,28 +59,29 @@ class Background:
     tail: float
     """Mean excess over the last of them."""
 
-    def expected_by_chance(self, references: Vectors, query: Vectors, scores: Vectors, count: int) -> Floats:
+    def expected_by_chance(self, references: Vectors, queries: Vectors, scores: Vectors, count: int) -> Floats:
         """How many of the pictures searched would score this or more by chance.
 
         Args:
             references: [R, D], the embeddings of `reference`.
-            query: [D].
-            scores: [K], cosines.
+            queries: [Q, D].
+            scores: [Q, K], cosines with pictures that were found.
             count: pictures that were searched.
 
         Returns:
-            [K], from 0 to `count`.
+            [Q, K], from 0 to `count`.
         """
-        usual = query @ references.T  # [R]
-        z = _standard(usual[np.newaxis], scores[np.newaxis] - _ROUNDING)[0]
+        # No product of matrices: the threads of NumPy's would stay on the cores that FAISS needs for the next search.
+        usual = np.vecdot(references, queries[:, np.newaxis])  # [Q, R]
+        z = _standard(usual, scores - np.float32(_ROUNDING))
         shares = np.exp(np.interp(z, self.z, _LOG_SHARES))
-        beyond = z > self.z[-1]
-        shares[beyond] = _SHARES[-1] * np.exp(-(z[beyond] - self.z[-1]) / self.tail)
+        shares *= np.exp(np.minimum((self.z[-1] - z) / self.tail, 0.0))  # beyond the last
         shares[z < self.z[0]] = 1.0
-        # The same picture needs no tail: chance makes one only where other pictures of the sample are the same too.
         same = scores >= SAME
-        others = max(int((usual >= SAME).sum()) - 1, 0) / max(len(usual), 1)
-        shares[same] = np.minimum(shares[same], others)
+        if same.any():
+            # The same picture needs no tail: chance makes one only where other pictures of the sample are the same too.
+            others = np.maximum((usual >= SAME).sum(axis=1, keepdims=True) - 1, 0) / max(usual.shape[1], 1)  # [Q, 1]
+            shares = np.where(same, np.minimum(shares, others), shares)
         return np.asarray(count * shares)
 
 
@@ -141,5 +142,7 @@ def _standard(references: Vectors, scores: Vectors) -> Floats:
     """Scores [Q, K] in units of the spread of each query's scores with the references [Q, R]."""
     kept = max(1, references.shape[1] - round(_TRIMMED * references.shape[1]))
     usual = np.partition(references, kept - 1, axis=1)[:, :kept].astype(np.float64)
-    mean, spread = usual.mean(axis=1, keepdims=True), usual.std(axis=1, keepdims=True)
+    mean = usual.sum(axis=1, keepdims=True) / kept
+    usual -= mean
+    spread = np.sqrt(np.vecdot(usual, usual)[:, np.newaxis] / kept)
     return np.asarray((scores - mean) / np.maximum(spread, _MIN_SPREAD))

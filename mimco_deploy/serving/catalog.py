@@ -26,8 +26,9 @@ import logging
 import os
 import sqlite3
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import astuple, dataclass, field
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
@@ -326,18 +327,22 @@ class Catalog:
                     return int(found[0])
         return None
 
-    def files_of(self, rows: Sequence[int]) -> dict[int, tuple[str, list[Path]]]:
+    def files_of(self, rows: Collection[int]) -> dict[int, tuple[str, list[Path]]]:
         """What lies behind rows: the content, SHA-256 in hexadecimal, and its files, absolute, sorted by path."""
+        folders = {number: _folder(path) for number, path in self._db.execute("SELECT id, path FROM roots")}
         found: dict[int, tuple[str, list[Path]]] = {}
-        for start in range(0, len(rows), _MAX_VARIABLES):
-            part = rows[start : start + _MAX_VARIABLES]
-            for row, sha256, root, path in self._db.execute(
-                "SELECT contents.row, hex(sha256), roots.path, files.path FROM contents JOIN files USING (row)"
-                f" JOIN roots ON roots.id = root_id WHERE contents.row IN ({', '.join('?' * len(part))})"
-                " ORDER BY roots.path, files.path",
+        left = iter(rows)
+        while part := list(islice(left, _MAX_VARIABLES)):
+            for row, sha256, root_id, path in self._db.execute(
+                "SELECT contents.row, sha256, root_id, path FROM contents JOIN files USING (row)"
+                f" WHERE contents.row IN ({', '.join('?' * len(part))})",
                 part,
             ):
-                found.setdefault(row, (sha256.lower(), []))[1].append(_absolute(root, path))
+                paths = found.setdefault(row, (sha256.hex(), []))[1]
+                paths.append(Path(folders[root_id] + os.fsdecode(_inside(path))))
+        for _, paths in found.values():
+            if len(paths) > 1:
+                paths.sort()
         return found
 
     def crc32s(self) -> Iterator[tuple[int, int]]:
@@ -470,7 +475,12 @@ class Catalog:
 
 
 def _absolute(root: bytes, path: bytes) -> Path:
-    return Path(os.fsdecode(os.path.join(root, _inside(path))))  # noqa: PTH118  # one Path, not two: there are many
+    return Path(_folder(root) + os.fsdecode(_inside(path)))  # one Path, not two: there are many
+
+
+def _folder(root: bytes) -> str:
+    """An indexed folder with its last slash."""
+    return os.fsdecode(root).rstrip("/") + "/"
 
 
 def _inside(path: bytes) -> bytes:

@@ -14,6 +14,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 from types import TracebackType
 from typing import Concatenate, ParamSpec, TypeVar
@@ -35,6 +36,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _REMEMBERED = 16
+_AT_ONCE = 1024
+"""Queries: their scores with the references of the background take 6 MiB."""
 
 
 @dataclass(frozen=True)
@@ -285,12 +288,13 @@ class ImageIndex:
             if not state.searcher.count:
                 raise IndexStoreError(f"the index in {self.path} holds no picture", command="mimco index DIR")
             searcher = state.searcher if condition is None else _within(state, connection, condition)
-            scores, rows = searcher.search(embeddings, k)
-            results = []
-            for query, query_scores, query_rows in zip(embeddings, scores, rows, strict=True):
-                kept = query_scores >= min_score
-                hits = _Hits(query, query_scores[kept], query_rows[kept].tolist(), searcher.count)
-                results.append(_list_hits(hits, k, state, connection, condition))
+            results: list[list[Hit]] = []
+            for start in range(0, len(embeddings), _AT_ONCE):
+                queries = embeddings[start : start + _AT_ONCE]
+                scores, rows = searcher.search(queries, k)
+                chances = _chances(state, queries, scores, searcher.count)
+                found = _Found(rows.tolist(), scores, chances, float(np.float32(min_score)))
+                results += _list_hits(found, k, connection, condition)
             return results
 
     @contextlib.contextmanager
@@ -380,37 +384,50 @@ def _within(state: _State, connection: _Connection, condition: Filter) -> Search
 
 
 @dataclass(frozen=True)
-class _Hits:
-    """Rows that a search found for one query."""
+class _Found:
+    """What a search found for each of Q queries."""
 
-    query: npt.NDArray[np.float32]
-    """[D]"""
+    rows: list[list[int]]
+    """[Q, K]"""
     scores: npt.NDArray[np.float32]
-    """[K], falling"""
-    rows: list[int]
-    searched: int
-    """Pictures that were searched."""
+    """[Q, K], falling"""
+    chances: list[list[float]] | None
+    """[Q, K], how many of the pictures searched would score that by chance; None where that is not known"""
+    min_score: float
 
 
-def _list_hits(found: _Hits, k: int, state: _State, connection: _Connection, condition: Filter | None) -> list[Hit]:
-    """The files behind rows, at most k."""
-    files = connection.catalog.files_of(found.rows)
-    allowed = None
-    if condition is not None and found.rows:
-        assert connection.filters is not None
-        allowed = connection.filters.files(condition, found.rows)
-    expected: list[float | None] = [None] * len(found.rows)
-    if state.background is not None:
-        background = state.background
-        expected = background.expected_by_chance(state.references, found.query, found.scores, found.searched).tolist()
-    hits: list[Hit] = []
+def _chances(
+    state: _State, queries: npt.NDArray[np.float32], scores: npt.NDArray[np.float32], searched: int
+) -> list[list[float]] | None:
+    if state.background is None:
+        return None
+    chances: list[list[float]] = state.background.expected_by_chance(
+        state.references, queries, scores, searched
+    ).tolist()
+    return chances
+
+
+def _list_hits(found: _Found, k: int, connection: _Connection, condition: Filter | None) -> list[list[Hit]]:
+    """The files behind rows, at most k for each query."""
+    files = connection.catalog.files_of({row for rows in found.rows for row in rows})
+    results: list[list[Hit]] = []
     # Rounding may step over the ends of the cosine.
-    for row, score, chance in zip(found.rows, found.scores.clip(-1.0, 1.0).tolist(), expected, strict=True):
-        content, paths = files[row]
-        confidence = None if chance is None else 1 / (1 + chance)
-        hits += [
-            Hit(path, score, content, chance, confidence) for path in paths if allowed is None or (row, path) in allowed
-        ]
-        if len(hits) >= k:
-            break
-    return hits[:k]
+    for number, (rows, scores) in enumerate(zip(found.rows, found.scores.clip(-1.0, 1.0).tolist(), strict=True)):
+        chances = repeat(None) if found.chances is None else found.chances[number]
+        allowed = None
+        if condition is not None and rows:
+            assert connection.filters is not None
+            allowed = connection.filters.files(condition, rows)
+        hits: list[Hit] = []
+        for row, score, chance in zip(rows, scores, chances):  # noqa: B905  # `repeat` has no end
+            if score < found.min_score or len(hits) >= k:
+                break
+            content, paths = files[row]
+            confidence = None if chance is None else 1 / (1 + chance)
+            hits += [
+                Hit(path, score, content, chance, confidence)
+                for path in paths
+                if allowed is None or (row, path) in allowed
+            ]
+        results.append(hits[:k])
+    return results
