@@ -59,7 +59,7 @@ def settings_for(recipe: Recipe, method: str, batch: int, changes: list[str]) ->
 
 def build(config: Config, device: torch.device) -> tuple[nn.Module, Callable[[Image.Image], Views]]:
     """The method with random weights, and its views; a teacher of the student's own shape."""
-    torch.manual_seed(0)
+    torch.manual_seed(config.run.seed)
     if isinstance(config, Stage1Config):
         method, make_views = build_stage1(config)
     else:

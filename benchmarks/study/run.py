@@ -57,33 +57,42 @@ PROTOCOLS: tuple[Protocol, ...] = ("knn", "linear", "few-shot", "spread")
 
 
 class RawPixels:
-    """The baseline: the pixels themselves, centred and L2-normalised, as an encoder."""
+    """The baseline: the pixels themselves, L2-normalised, as an encoder.
 
-    spec = EncoderSpec(
-        architecture="pixels",
-        image_size_px=RAW_SIDE_PX,
-        crop_share=CROP_SHARE,
-        interpolation="bicubic",
-        crop_mode="center",
-        embedding_dim=RAW_SIDE_PX * RAW_SIDE_PX * 3,
-        pooling="none",
-        patch_grid=0,
-        fingerprint="pixels",
-        licence="none",
-        weights_source="none",
-        teacher_source="none",
-        opset=0,
-    )
+    Args:
+        side_px: of the picture, scaled and cropped as for any encoder.
+        centred: the mean of each picture is taken off first, so that brightness counts less.
+    """
+
     provider = "numpy"
     precision: Precision = "fp32"
+
+    def __init__(self, side_px: int = RAW_SIDE_PX, *, centred: bool = True) -> None:
+        self.spec = EncoderSpec(
+            architecture="pixels",
+            image_size_px=side_px,
+            crop_share=CROP_SHARE,
+            interpolation="bicubic",
+            crop_mode="center",
+            embedding_dim=side_px * side_px * 3,
+            pooling="none",
+            patch_grid=0,
+            fingerprint="pixels",
+            licence="none",
+            weights_source="none",
+            teacher_source="none",
+            opset=0,
+        )
+        self._centred = centred
 
     def embed(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """[B, H·W·3], L2-normalised."""
         flat = images.reshape(len(images), -1).astype(np.float32)
-        flat -= flat.mean(axis=1, keepdims=True)
+        if self._centred:
+            flat -= flat.mean(axis=1, keepdims=True)
         norms: npt.NDArray[np.float32] = np.linalg.norm(flat, axis=1, keepdims=True)
-        centred: npt.NDArray[np.float32] = (flat / np.maximum(norms, 1e-6)).astype(np.float32)
-        return centred
+        unit: npt.NDArray[np.float32] = (flat / np.maximum(norms, 1e-6)).astype(np.float32)
+        return unit
 
 
 @dataclasses.dataclass(frozen=True)
