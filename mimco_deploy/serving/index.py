@@ -293,7 +293,8 @@ class ImageIndex:
                 queries = embeddings[start : start + _AT_ONCE]
                 scores, rows = searcher.search(queries, k)
                 chances = _chances(state, queries, scores, searcher.count)
-                found = _Found(rows.tolist(), scores, chances, float(np.float32(min_score)))
+                enough = np.count_nonzero(scores >= min_score, axis=1)  # they fall
+                found = _Found([row[:end] for row, end in zip(rows.tolist(), enough, strict=True)], scores, chances)
                 results += _list_hits(found, k, connection, condition)
             return results
 
@@ -388,12 +389,11 @@ class _Found:
     """What a search found for each of Q queries."""
 
     rows: list[list[int]]
-    """[Q, K]"""
+    """Best first, K at most."""
     scores: npt.NDArray[np.float32]
-    """[Q, K], falling"""
+    """[Q, K], falling; of more than the rows where some score too little."""
     chances: list[list[float]] | None
-    """[Q, K], how many of the pictures searched would score that by chance; None where that is not known"""
-    min_score: float
+    """[Q, K], how many of the pictures searched would score that by chance; None where that is not known."""
 
 
 def _chances(
@@ -419,9 +419,7 @@ def _list_hits(found: _Found, k: int, connection: _Connection, condition: Filter
             assert connection.filters is not None
             allowed = connection.filters.files(condition, rows)
         hits: list[Hit] = []
-        for row, score, chance in zip(rows, scores, chances):  # noqa: B905  # `repeat` has no end
-            if score < found.min_score or len(hits) >= k:
-                break
+        for row, score, chance in zip(rows, scores, chances, strict=False):
             content, paths = files[row]
             confidence = None if chance is None else 1 / (1 + chance)
             hits += [
@@ -429,5 +427,7 @@ def _list_hits(found: _Found, k: int, connection: _Connection, condition: Filter
                 for path in paths
                 if allowed is None or (row, path) in allowed
             ]
+            if len(hits) >= k:
+                break
         results.append(hits[:k])
     return results
