@@ -30,11 +30,11 @@ from mimco_deploy.training.step import Stepper
 
 PLAIN = "plain"
 OTHER_SEED = "plain, another seed"
-NUDGED = "plain, first weights changed by 1e-7"
+PERTURBED = "plain, first weights changed by 1e-7"
 WAYS: dict[str, list[str]] = {
     PLAIN: [],
     OTHER_SEED: ["run.seed=1"],
-    NUDGED: [],
+    PERTURBED: [],
     "default": [],
     "bf16": ["run.precision=bf16"],
     "compiled": ["run.compile=on"],
@@ -47,11 +47,11 @@ def train(config: Config, steps: int, way: str) -> list[float]:
     """The loss of each step."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     method, make_views = build(config, device)
-    if way == NUDGED:
+    if way == PERTURBED:
         with torch.no_grad():
             for parameter in method.parameters():
                 parameter.mul_(1 + 1e-7 * torch.randn_like(parameter))
-    stepper = (PlainStepper if way in (PLAIN, OTHER_SEED, NUDGED) else Stepper)(method, config, steps)
+    stepper = (PlainStepper if way in (PLAIN, OTHER_SEED, PERTURBED) else Stepper)(method, config, steps)
     batches = real(config, make_views, steps)
     losses = [stepper.take(step, lambda: next(batches))["loss"] for step in range(steps)]
     return [float(loss) for loss in losses]

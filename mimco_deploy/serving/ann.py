@@ -90,7 +90,7 @@ class Searcher:
 
     def __init__(self, vectors: Vectors, dead: Rows | None = None, approximation: Approximation | None = None) -> None:
         # No copy: but a memory map answers each look at its rows slowly, and FAISS is given bare addresses.
-        self._vectors = np.asarray(np.ascontiguousarray(vectors, np.float32))
+        self._vectors = np.ascontiguousarray(vectors, np.float32)
         self._live = _selection(len(vectors), dead)
         self.count = len(vectors) if self._live is None else self._live.count
         self._ivf: Any = None

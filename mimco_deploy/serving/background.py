@@ -73,7 +73,7 @@ class Background:
         """
         # No product of matrices: the threads of NumPy's would stay on the cores that FAISS needs for the next search.
         usual = np.vecdot(references, queries[:, np.newaxis])  # [Q, R]
-        z = _standard(usual, scores - np.float32(_ROUNDING))
+        z = _standard(usual, scores - _ROUNDING)
         shares = np.exp(np.interp(z, self.z, _LOG_SHARES))
         shares *= np.exp(np.minimum((self.z[-1] - z) / self.tail, 0.0))  # beyond the last
         shares[z < self.z[0]] = 1.0

@@ -329,7 +329,7 @@ class Catalog:
 
     def files_of(self, rows: Collection[int]) -> dict[int, tuple[str, list[Path]]]:
         """What lies behind rows: the content, SHA-256 in hexadecimal, and its files, absolute, sorted by path."""
-        folders = {number: _folder(path) for number, path in self._db.execute("SELECT id, path FROM roots")}
+        roots = dict(self._db.execute("SELECT id, path FROM roots"))
         found: dict[int, tuple[str, list[Path]]] = {}
         left = iter(rows)
         while part := list(islice(left, _MAX_VARIABLES)):
@@ -339,7 +339,7 @@ class Catalog:
                 part,
             ):
                 paths = found.setdefault(row, (sha256.hex(), []))[1]
-                paths.append(Path(folders[root_id] + os.fsdecode(_inside(path))))
+                paths.append(_absolute(roots[root_id], path))
         for _, paths in found.values():
             if len(paths) > 1:
                 paths.sort()
@@ -475,12 +475,8 @@ class Catalog:
 
 
 def _absolute(root: bytes, path: bytes) -> Path:
-    return Path(_folder(root) + os.fsdecode(_inside(path)))  # one Path, not two: there are many
-
-
-def _folder(root: bytes) -> str:
-    """An indexed folder with its last slash."""
-    return os.fsdecode(root).rstrip("/") + "/"
+    # One Path, not two, nor `os.path.join`: there are many. Of all folders "/" alone ends in a slash.
+    return Path(os.fsdecode((root if root == b"/" else root + b"/") + _inside(path)))
 
 
 def _inside(path: bytes) -> bytes:

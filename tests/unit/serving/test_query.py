@@ -120,6 +120,16 @@ def test_hits_below_a_score_are_left_out(index: ImageIndex, workspace: Path) -> 
     assert kept == every[:10]
 
 
+def test_queries_asked_together_are_answered_as_if_alone(index: ImageIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mimco_deploy.serving.index._AT_ONCE", 3)
+    queries = CountingEncoder().embed(np.stack([picture(seed) for seed in (0, 500, 1, 501, 2, 502, 3)]))
+    least = index.search(queries[1], 4)[-1].score
+    found = index.search_many(queries, 10, min_score=least)
+    assert found == [[hit for hit in index.search(query, 10) if hit.score >= least] for query in queries]
+    assert len(found[1]) == 4
+    assert len({len(hits) for hits in found}) > 1, "or every query has as many that score enough"
+
+
 # ---------------------------------------------------------------------- how unusual a score is
 
 
