@@ -82,32 +82,42 @@ def cell(documents: list[dict[str, Any]], part: str, protocol: str, name: str) -
     return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
-def table(name: str, results: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """Lines of one table; rows that were not run are left out."""
+def table(rows: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Lines of one table, from the results of each row by its title."""
     lines = ["| student | seeds | " + " | ".join(COLUMNS) + " | images | seconds | with its teacher's |"]
     lines.append("| --- " * (len(COLUMNS) + 5) + "|")
-    for row in TABLES[name]:
-        documents = results.get(row)
-        if not documents:
-            continue
+    for title, documents in rows.items():
         trained = [document["training"] for document in documents if "training" in document]
         images = f"{trained[0]['images']:,}" if trained else "–"
         seconds = f"{statistics.mean(training['seconds'] for training in trained):.0f}" if trained else "–"
         teacher = documents[0].get("teacher's training")
         together = f"{float(seconds) + teacher['seconds']:.0f}" if teacher else seconds
-        title = TITLES.get(row) or ROWS[row].title
         cells = [cell(documents, *column) for column in COLUMNS.values()]
         lines.append(f"| {title} | {len(documents)} | " + " | ".join(cells) + f" | {images} | {seconds} | {together} |")
     return lines
 
 
+def title_of(row: str) -> str:
+    """What a row is, in words."""
+    return TITLES.get(row) or ROWS[row].title
+
+
 def main() -> None:
     """Print all tables of the folder given."""
-    results = read(Path(sys.argv[1]))
-    for name, rows in TABLES.items():
-        if sum(row in results for row in rows) > 1:
-            print(f"## {name.capitalize()}\n")
-            print("\n".join(table(name, results)), end="\n\n")
+    folder = Path(sys.argv[1])
+    results = read(folder)
+    tables = {name: {title_of(row): results[row] for row in rows if row in results} for name, rows in TABLES.items()}
+    longer = {
+        f"{title_of(row)}, {documents[0]['made with']['epochs']} epochs": documents
+        for row, documents in read(folder / "equal-time").items()
+    }
+    tables["as much time as MimCo and its teacher"] = longer and longer | {
+        title_of(row): results[row] for row in ("mimco", "mimco-from-teacher")
+    }
+    for name, rows in tables.items():
+        if len(rows) > 1:
+            print(f"## {name[0].upper()}{name[1:]}\n")
+            print("\n".join(table(rows)), end="\n\n")
 
 
 if __name__ == "__main__":

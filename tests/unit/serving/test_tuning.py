@@ -37,7 +37,7 @@ NOW = Budget(latency_ms=0)
 """Nothing is fast enough: an approximation whatever the size, and no row beyond it."""
 SOON = Budget(latency_ms=0.02)
 """3,000 embeddings of 16 numbers take 0.024 ms, by the plan's own reckoning; 250 more are scanned."""
-SAMPLE_SEED, SAMPLE = 2209, 500
+SAMPLE_SEED, SAMPLE = 2209, 2000
 
 
 # ---------------------------------------------------------------------- indexes of made-up embeddings
@@ -137,16 +137,16 @@ def build_counter(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         (20, 384, NOW, "IVF1,SQ8"),
         (3000, 16, NOW, "IVF76,SQ8"),
         (100_000, 384, Budget(), None),
-        (92_681, 384, NOW, "IVF1024_HNSW32,SQ8"),
-        (40_000, 384, NOW, "IVF1024_HNSW32,SQ8"),
+        (92_681, 384, NOW, "IVF1024(HNSW32_SQ8),SQ8"),
+        (40_000, 384, NOW, "IVF1024(HNSW32_SQ8),SQ8"),
         (39_935, 384, NOW, "IVF1023,SQ8"),
         (260_416, 384, Budget(), None),
-        (260_417, 384, Budget(), "IVF2048_HNSW32,SQ8"),
-        (1_000_000, 384, Budget(), "IVF4096_HNSW32,SQ8"),
+        (260_417, 384, Budget(), "IVF2048(HNSW32_SQ8),SQ8"),
+        (1_000_000, 384, Budget(), "IVF4096(HNSW32_SQ8),SQ8"),
         (1_000_000, 384, Budget(latency_ms=192), None),
-        (1_000_000, 384, Budget(memory_mib=374), "IVF4096_HNSW32,SQ8"),
-        (1_000_000, 384, Budget(memory_mib=373), "IVF4096_HNSW32,PQ96x4fs"),
-        (10_000_000, 768, Budget(), "IVF16384_HNSW32,PQ192x4fs"),
+        (1_000_000, 384, Budget(memory_mib=374), "IVF4096(HNSW32_SQ8),SQ8"),
+        (1_000_000, 384, Budget(memory_mib=373), "IVF4096(HNSW32_SQ8),PQ96x4fs"),
+        (10_000_000, 768, Budget(), "IVF16384(HNSW32_SQ8),PQ192x4fs"),
         (3000, 10, Budget(latency_ms=0, memory_mib=0), "IVF76,PQ2x4fs"),
         (3000, 7, Budget(latency_ms=0, memory_mib=0), "IVF76,PQ1x4fs"),
         (3000, 2, Budget(latency_ms=0, memory_mib=0), "IVF76,PQ1x4fs"),
@@ -195,7 +195,7 @@ def test_an_approximation_is_built_where_exact_search_would_take_too_long(index:
 def test_many_centroids_are_found_by_a_graph(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning_module, "_GRAPH_FROM", 50)
     done = tune_index(index, replace(NOW, recall=0.99))
-    assert done.kind == "IVF76_HNSW32,SQ8"
+    assert done.kind == "IVF76(HNSW32_SQ8),SQ8"
     assert done.recall is not None
     assert done.recall >= 0.99
     assert true_recall(index, clustered(COUNT, 0)) == pytest.approx(done.recall, abs=1e-9)
