@@ -101,7 +101,7 @@ class Searcher:
             self._ivf.nprobe = approximation.nprobe
             self._set_effort(approximation.nprobe)
             self._per_hit, self._spare = (
-                (1, _SPARE_OF_8_BITS) if "SQ8" in approximation.kind else (_PER_HIT_OF_CODES, _SPARE)
+                (1, _SPARE_OF_8_BITS) if approximation.kind.endswith(",SQ8") else (_PER_HIT_OF_CODES, _SPARE)
             )
             self._covered = approximation.rows
             tail_dead = None if dead is None else dead[dead >= self._covered] - self._covered

@@ -205,6 +205,18 @@ def test_many_centroids_are_found_by_a_graph(index: Path, monkeypatch: pytest.Mo
     assert verify(index) == []
 
 
+def test_a_graph_over_the_centroids_makes_product_codes_no_worse(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tight = replace(NOW, memory_mib=0, recall=0.3)
+    without = tune_index(index, tight)
+    monkeypatch.setattr(tuning_module, "_GRAPH_FROM", 50)
+    done = tune_index(index, tight)
+    assert done.kind == "IVF76(HNSW32_SQ8),PQ4x4fs"
+    assert done.recall is not None
+    assert without.recall is not None
+    assert done.nprobe == without.nprobe
+    assert done.recall == pytest.approx(without.recall, abs=0.02)
+
+
 @pytest.mark.parametrize("budget", [NOW, replace(NOW, recall=0.5), replace(NOW, recall=0.99)])
 def test_the_recall_that_is_recorded_is_that_of_the_searches(index: Path, budget: Budget) -> None:
     done = tune_index(index, budget)
