@@ -25,6 +25,7 @@ from typing import Any
 import timm
 import torch
 from PIL import Image
+from timm.layers.attention import Attention
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -76,6 +77,9 @@ class PlainStepper(Stepper):
         for group in self.optimizer.param_groups:
             group["fused"] = False
             group["foreach"] = False
+        for part in method.modules():
+            if isinstance(part, Attention):
+                part.fused_attn = True  # type: ignore[misc]
 
     def take(self, step: int, next_views: Callable[[], Views]) -> dict[str, Tensor]:
         """As its base, with a momentum update in a loop."""

@@ -37,10 +37,10 @@ from mimco_deploy.atomic import write_bytes
 from mimco_deploy.bundle import EncoderSpec, Precision
 from mimco_deploy.evaluation.evaluate import Evaluation, Protocol, evaluate
 from mimco_deploy.export.pipeline import export_encoder
-from mimco_deploy.export.student import Source, from_checkpoint, weights_hash
+from mimco_deploy.export.student import Source, from_checkpoint
 from mimco_deploy.serving.encoders import Encoder, load_encoder
 from mimco_deploy.sources import Picture, find_pictures
-from mimco_deploy.training.backbone import CROP_SHARE, Backbone
+from mimco_deploy.training.backbone import CROP_SHARE, Backbone, weights_hash
 from mimco_deploy.training.checkpoint import Checkpoint, read_checkpoint
 from mimco_deploy.training.config import Stage2Config
 from mimco_deploy.training.loop import StepReport

@@ -64,6 +64,7 @@ def _training_options(function: FunctionT) -> FunctionT:
             "--data", multiple=True, type=click.Path(path_type=Path), help="Folder, picture or tar; repeatable."
         ),
         click.option("--preset", help="Settings for one backbone.  [default: by GPU or CPU; stage 2: the teacher's]"),
+        click.option("--start-from", metavar="SOURCE", help="Weights that the encoder starts with, as for --teacher."),
         *_ANY_RUN,
     ]
     for option in reversed(options):

@@ -21,16 +21,23 @@ def bundle_licence(source: Source, stated: str | None) -> str:
     """The licence to write into a bundle: what is stated, unless the weights come from what forbids commercial use.
 
     Args:
-        source: the weights; `backbone.licence` is of those that were loaded, or of the teacher behind trained ones.
+        source: the weights; `backbone.licence` is of those that were loaded, or of those behind trained ones.
         stated: by the one who exports, or None.
     """
     known = source.backbone.licence
     if not _NON_COMMERCIAL.search(known):
-        inherited = known if source.teacher == "none" else UNSTATED  # a permissive teacher says nothing of the student
+        inherited = UNSTATED if _behind(source) else known  # a permissive teacher says nothing of the student
         return stated or inherited
-    origin = source.weights if source.teacher == "none" else f"the teacher ({source.teacher})"
+    origin = _behind(source) or source.weights
     logger.warning("the weights come from %s, which is %s: so is the bundle", origin, known)
     return f"{known}, by {origin}" + (f"; stated for the rest: {stated}" if stated else "")
+
+
+def _behind(source: Source) -> str:
+    """The weights that trained ones learnt from or started as; empty where there are none."""
+    teacher = f"the teacher ({source.teacher})" if source.teacher != "none" else ""
+    start = f"what it started as ({source.start})" if source.start else ""
+    return " and ".join(filter(None, (teacher, start)))
 
 
 def model_card(spec: EncoderSpec, source: Source, artefacts: Sequence[ArtefactParity]) -> str:
@@ -41,7 +48,8 @@ def model_card(spec: EncoderSpec, source: Source, artefacts: Sequence[ArtefactPa
         "Fingerprint": f"`{spec.fingerprint}`",
         "Weights": spec.weights_source,
         "Teacher": spec.teacher_source,
-        "Licence of the teacher's weights": source.backbone.licence if spec.teacher_source != "none" else "no teacher",
+        **({"Started as": source.start} if source.start else {}),
+        "Licence of the weights behind it": source.backbone.licence if _behind(source) else "there are none",
         "Licence": spec.licence,
         **(source.recipe or {"Data and recipe": "not known to mimco"}),
     }

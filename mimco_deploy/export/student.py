@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mimco_deploy.errors import CheckpointError
 from mimco_deploy.training.augment import ToInput
-from mimco_deploy.training.backbone import Backbone
+from mimco_deploy.training.backbone import Backbone, weights_hash
 from mimco_deploy.training.checkpoint import Checkpoint, is_checkpoint, load_encoder, read_checkpoint
 from mimco_deploy.training.method_config import Pooling
 from mimco_deploy.training.published import load_teacher
@@ -57,6 +57,8 @@ class Source:
     """Where the teacher behind them comes from."""
     recipe: Mapping[str, str] | None = None
     """How they were trained, for the model card."""
+    start: str = ""
+    """What their training started as; empty where it was at random, or as the teacher."""
 
 
 def from_checkpoint(checkpoint: Checkpoint) -> Source:
@@ -76,7 +78,8 @@ def from_checkpoint(checkpoint: Checkpoint) -> Source:
         "Data": f"unlabelled pictures of the one who trained it; fingerprint of the corpus {checkpoint.corpus[:16]}",
     }
     weights = f"mimco {checkpoint.stage}, step {checkpoint.step} of {checkpoint.total_steps}"
-    return Source(backbone, pooling, weights, _teacher_of(checkpoint), recipe)
+    start = checkpoint.start.weights if checkpoint.start is not None else ""
+    return Source(backbone, pooling, weights, _teacher_of(checkpoint), recipe, start)
 
 
 def from_model(name: str) -> Source:
@@ -134,15 +137,6 @@ def fingerprint(module: EncoderModule) -> str:
         contract["built_with"] = backbone.built_with
     weights = weights_hash(backbone.state_dict())
     return hashlib.sha256(f"{json.dumps(contract, sort_keys=True)}\n{weights}".encode()).hexdigest()
-
-
-def weights_hash(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and values of tensors."""
-    digest = hashlib.sha256()
-    for name, value in sorted(state.items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _teacher_of(checkpoint: Checkpoint) -> str:

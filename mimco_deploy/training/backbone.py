@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import timm
 import torch
 import torch.nn.functional as F
+from timm.layers.attention import Attention
 from timm.models import checkpoint_seq, save_for_hf
 from timm.models.beit import Beit
 from timm.models.swin_transformer import SwinTransformer
@@ -27,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from mimco_deploy.errors import ConfigError
 from mimco_deploy.preprocess import CropMode, Interpolation
 from mimco_deploy.training.config import BackboneConfig
+from mimco_deploy.training.settings import differences
 from mimco_deploy.training.vit import init_as_mocov3
 
 CROP_SHARE = 0.875
@@ -93,6 +97,8 @@ class Backbone(nn.Module):
         """What else than the config decides its architecture, of models that mimco did not build."""
         self.licence = UNSTATED
         """Of the weights, where those who published them, or the teacher behind them, said so."""
+        self.start = ""
+        """Weights that its training started with, in words that mean something elsewhere; empty at random."""
         if body is None:
             self._check_size(config.image_size_px)
         if frozen_patch_embed:
@@ -207,6 +213,26 @@ class Backbone(nn.Module):
                 raise ConfigError(f"{self.config.name} at another size", expected="a Swin of one window size")
         return window
 
+    def start_as(self, other: Backbone, setting: str) -> None:
+        """Take another's weights, and what is known of their licence.
+
+        Args:
+            other: of the same architecture and sizes, drop path aside.
+            setting: that asks for it.
+
+        Raises:
+            ConfigError: it differs; says in what.
+        """
+        same = dataclasses.replace(other.config, drop_path=self.config.drop_path, global_pool="")
+        for key, ours, theirs in differences(self.config, same):
+            raise ConfigError(f"{setting} with backbone.{key} {ours}", expected=f"{theirs}, as {other.config.name} has")
+        try:
+            self.load_state_dict(other.state_dict())
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:600]
+            raise ConfigError(f"{setting}: {reason}", expected="weights that fit") from error
+        self.licence = other.licence
+
     def checkpoint_gradients(self, enabled: bool) -> None:
         """Whether blocks compute their activations again in the backward pass instead of keeping them."""
         if hasattr(self.body, "set_grad_checkpointing"):
@@ -274,6 +300,16 @@ class _PatchProjection(nn.Conv2d):
         return F.linear(windows.flatten(3), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
+def write_attention_out(module: nn.Module) -> None:
+    """Let ViT blocks compute attention as two products and a softmax, which CPUs train faster than torch's fused one.
+
+    Its backward pass is what takes so long there; Swin's, which adds a bias, gains nothing (docs/decisions.md).
+    """
+    for part in module.modules():
+        if isinstance(part, Attention):
+            part.fused_attn = False  # type: ignore[misc]  # timm's mark is for TorchScript
+
+
 def _has_cls(body: nn.Module) -> bool:
     return isinstance(body, Beit) or (isinstance(body, VisionTransformer) and body.has_class_token)
 
@@ -316,6 +352,15 @@ def timm_args(config: BackboneConfig) -> dict[str, Any]:
             sizes[name] = values[0] if values else 0
     given = {name: size for name, size in sizes.items() if size}
     return {"img_size": config.image_size_px, "num_classes": 0, "global_pool": config.global_pool, **given}
+
+
+def weights_hash(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and values of tensors."""
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def save_as_timm(backbone: Backbone, folder: Path) -> None:

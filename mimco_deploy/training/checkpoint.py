@@ -31,8 +31,8 @@ from mimco_deploy.training.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 3
-_WITHOUT_LICENCE = 2
+FORMAT_VERSION = 4
+_WITHOUT_LICENCE, _WITHOUT_START = 2, 3
 STAGES: dict[str, type[Stage1Config] | type[Stage2Config]] = {"stage1": Stage1Config, "stage2": Stage2Config}
 
 
@@ -51,6 +51,15 @@ class TeacherSpec:
     """Of its weights."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class StartSpec:
+    """What a checkpoint says of the weights that its encoder started with."""
+
+    weights: str
+    """Architecture and SHA-256."""
+    licence: str
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint on disk whose `config.json` was read."""
@@ -64,6 +73,8 @@ class Checkpoint:
     config: Stage1Config | Stage2Config
     teacher: TeacherSpec | None
     """None for methods without one."""
+    start: StartSpec | None
+    """None where the encoder started at random, or as the teacher."""
 
     def warn_if_unfinished(self) -> None:
         """Say so where somebody uses a run that was stopped half-way."""
@@ -108,16 +119,20 @@ def save_checkpoint(
         state: `step`, `total_steps` and `corpus` of `Checkpoint`.
     """
     teacher = getattr(method, "teacher", None)
-    spec = None
+    assert isinstance(method.encoder, Backbone)
+    spec = start = None
     if isinstance(teacher, Teacher):
         licence = teacher.backbone.licence
         spec = TeacherSpec(backbone=teacher.built_as, pooling=teacher.pooling, licence=licence)
+    if method.encoder.start:
+        start = StartSpec(weights=method.encoder.start, licence=method.encoder.licence)
     document = {
         "format_version": FORMAT_VERSION,
         "stage": stage_name(config),
         **state,
         "config": to_document(config),
         "teacher": spec and to_document(spec),
+        "start": start and to_document(start),
     }
     with staged_dir(folder) as staging:
         (staging / "config.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
@@ -125,7 +140,6 @@ def save_checkpoint(
             {name: value.contiguous() for name, value in method.state_dict().items()}, staging / "model.safetensors"
         )
         torch.save(optimizer.state_dict(), staging / "optimizer.pt")
-        assert isinstance(method.encoder, Backbone)
         save_as_timm(method.encoder, staging / "timm")
         mode = (staging / "config.json").stat().st_mode
         for path in staging.rglob("*.safetensors"):
@@ -143,18 +157,22 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         version, stage = document.pop("format_version"), document.pop("stage")
-        if version not in (_WITHOUT_LICENCE, FORMAT_VERSION):
+        if version not in (_WITHOUT_LICENCE, _WITHOUT_START, FORMAT_VERSION):
             raise CheckpointError(
                 f"{path} has format version {version}",
                 expected=str(FORMAT_VERSION),
                 command=f"mimco train {stage} --fresh --data DIR",
             )
-        config = from_document(STAGES[stage], document.pop("config"))
-        told = document.pop("teacher")
+        settings, told = document.pop("config"), document.pop("teacher")
+        if version < FORMAT_VERSION:
+            settings["start_from"], document["start"] = "", None
+        config = from_document(STAGES[stage], settings)
         if told and version == _WITHOUT_LICENCE:
             told["licence"] = UNSTATED
         teacher = from_document(TeacherSpec, told) if told else None
-        return Checkpoint(folder, stage, config=config, teacher=teacher, **document)
+        begun = document.pop("start")
+        start = from_document(StartSpec, begun) if begun else None
+        return Checkpoint(folder, stage, config=config, teacher=teacher, start=start, **document)
     except OSError as error:
         raise CheckpointError(f"no checkpoint in {folder}", expected="config.json") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -184,8 +202,9 @@ def load_encoder(checkpoint: Checkpoint) -> tuple[Backbone, Pooling]:
         key.removeprefix(prefix): value for key, value in checkpoint.load_model().items() if key.startswith(prefix)
     }
     load_strictly(backbone, state, checkpoint.path)
-    if checkpoint.teacher is not None:
-        backbone.licence = checkpoint.teacher.licence  # what was learnt from it, or started as it
+    # Of what was learnt from and what was started as: one forbids what the other allows.
+    known = [behind.licence for behind in (checkpoint.teacher, checkpoint.start) if behind is not None]
+    backbone.licence = " and ".join(dict.fromkeys(known)) or UNSTATED
     method = checkpoint.config.method
     if isinstance(method, MoCoV3Config | MoBYConfig | JointConfig):  # their losses train the model's own vector
         return backbone, backbone.own_pooling

@@ -189,6 +189,8 @@ class Stage1Config:
     data: DataConfig = field(default_factory=DataConfig)
     views: ViewsConfig = field(default_factory=lambda: ViewsConfig(min_crop_scale=0.08))
     method: Stage1Method = field(default_factory=MoCoV3Config)
+    start_from: str = ""
+    """Whose weights the encoder starts with: a source as of `Stage2Config.teacher`. Empty starts at random."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,3 +207,6 @@ class Stage2Config:
     teacher: str = ""
     """Where the teacher came from: a checkpoint folder, a file of published weights, `timm/NAME` or a folder of timm's.
     Empty for methods without one."""
+    start_from: str = ""
+    """Whose weights the student starts with: a source likewise. Empty starts at random, or as the teacher where
+    `method.init_from_teacher` says so."""

@@ -15,6 +15,7 @@ from mimco_deploy.errors import CheckpointError, ConfigError, WorkspaceError
 from mimco_deploy.training.checkpoint import Checkpoint, is_checkpoint, read_checkpoint
 from mimco_deploy.training.config import BackboneConfig, Stage1Config, Stage2Config
 from mimco_deploy.training.data import resize_batch
+from mimco_deploy.training.method_config import MimCoConfig
 from mimco_deploy.training.presets import PRESETS, WITH_TEACHER, Recipe, with_stage1_method, with_stage2_method
 from mimco_deploy.training.published import load_teacher
 from mimco_deploy.training.settings import apply_settings, differences
@@ -47,6 +48,7 @@ class Request:
     fresh: bool = False
     teacher: str | None = None
     init_from_teacher: bool | None = None
+    start_from: str | None = None
 
     def apply(self, config: StageT) -> StageT:
         """The config with every option of the request in it."""
@@ -64,6 +66,11 @@ class Request:
             sources = tuple(str(path.resolve()) for path in self.data)  # the workspace may be used from another folder
             config = dataclasses.replace(config, data=dataclasses.replace(config.data, sources=sources))
         start = "" if self.init_from_teacher is None else f"method.init_from_teacher={self.init_from_teacher}"
+        if self.start_from is not None:
+            if self.init_from_teacher:
+                raise ConfigError("--start-from with --init-from-teacher", expected="one of them")
+            config = dataclasses.replace(config, start_from=whole(self.start_from))
+            start = "method.init_from_teacher=False" if isinstance(config.method, MimCoConfig) else ""
         return apply_settings(config, filter(None, (start, *self.settings)))
 
 
@@ -85,7 +92,7 @@ def open_stage1(folder: Path, request: Request) -> tuple[Stage1Config, Checkpoin
         return _same(kept, base, request), checkpoint
     if not request.data:
         raise ConfigError("no pictures to train on", command="mimco train stage1 --data DIR")
-    config = _preset(request.preset or _default_preset()).stage1
+    config = _recipe(request, "").stage1
     return request.apply(with_stage1_method(config, request.method or config.method.name)), None
 
 
@@ -170,15 +177,29 @@ def whole(teacher: str) -> str:
 
 
 def _recipe(request: Request, source: str) -> Recipe:
-    """The preset that was asked for, or the one that suits the teacher, with a student like it."""
+    """The preset that was asked for, or the one that suits the start or else the teacher, with a backbone like it.
+
+    Args:
+        request: the options.
+        source: of the teacher, or empty.
+    """
+    if request.start_from is not None:
+        source = whole(request.start_from)
     if request.preset or not source:
         return _preset(request.preset or _default_preset())
     path = Path(source)
-    if not is_checkpoint(path):
-        return recipe_for(load_teacher(source)[0].config)
-    run = read_checkpoint(path)
-    run.warn_if_unfinished()
-    return recipe_for(run.config.backbone)
+    if is_checkpoint(path):
+        run = read_checkpoint(path)
+        run.warn_if_unfinished()
+        backbone = run.config.backbone
+    else:
+        backbone = load_teacher(source)[0].config
+    recipe = recipe_for(backbone)
+    if request.start_from is None:
+        return recipe
+    same = dataclasses.replace(recipe.stage2.backbone, mean=backbone.mean, std=backbone.std)
+    stage1 = dataclasses.replace(recipe.stage1, backbone=same)
+    return dataclasses.replace(recipe, stage1=stage1, stage2=dataclasses.replace(recipe.stage2, backbone=same))
 
 
 def _with_pictures(config: Stage2Config, request: Request, source: str) -> Stage2Config:

@@ -6,14 +6,14 @@ import dataclasses
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import nn
 
 from mimco_deploy.errors import CheckpointError, ConfigError
 from mimco_deploy.training.augment import MaskedTwoViews, OneCrop, TwoViews
-from mimco_deploy.training.backbone import Backbone
+from mimco_deploy.training.backbone import Backbone, weights_hash
 from mimco_deploy.training.checkpoint import Checkpoint
 from mimco_deploy.training.config import Stage1Config, Stage2Config
 from mimco_deploy.training.corpus import Corpus, load_corpus
@@ -39,6 +39,7 @@ from mimco_deploy.training.methods.mocov3 import MoCoV3
 from mimco_deploy.training.methods.simmim import SimMIM
 from mimco_deploy.training.published import load_teacher
 from mimco_deploy.training.schedules import check_warmup
+from mimco_deploy.training.step import Method
 from mimco_deploy.workspace import set_aside
 
 logger = logging.getLogger(__name__)
@@ -69,6 +70,7 @@ def train_stage1(
         asked, config = config, _fit(config, corpus, resume)
         torch.manual_seed(config.run.seed)
         method, make_views = build_stage1(config)
+        _start(method, config.start_from, resume)
         _prepare_folder(folder, resume)
         train(method.to(device), config, corpus, make_views, folder, asked=asked, resume=resume, on_step=on_step)
 
@@ -93,6 +95,7 @@ def train_stage2(
         asked, config = config, _fit(config, corpus, resume)
         torch.manual_seed(config.run.seed)
         method, make_views = build_stage2(config, teacher)
+        _start(method, config.start_from, resume)
         _prepare_folder(folder, resume)
         train(method.to(device), config, corpus, make_views, folder, asked=asked, resume=resume, on_step=on_step)
 
@@ -151,6 +154,28 @@ def _teacher(config: Stage2Config, resume: Checkpoint | None) -> tuple[Backbone,
     backbone = Backbone(resume.teacher.backbone)
     backbone.licence = resume.teacher.licence
     return backbone, resume.teacher.pooling
+
+
+def _start(method: nn.Module, source: str, resume: Checkpoint | None) -> None:
+    """Give the encoder, and its momentum copy where there is one, the weights that the run starts from.
+
+    A resumed run's come with its checkpoint, which also tells what they once started as.
+
+    Raises:
+        MimcoError: see `load_teacher`; or they do not fit the backbone.
+    """
+    encoder = cast(Method, method).encoder
+    if resume is not None and resume.start is not None:
+        encoder.start, encoder.licence = resume.start.weights, resume.start.licence
+    if resume is not None or not source:
+        return
+    start, _ = load_teacher(source)
+    words = f"{start.config.name}, weights with SHA-256 {weights_hash(start.state_dict())}"
+    start.resize(encoder.config.image_size_px)
+    for part in method.children():
+        if isinstance(part, Backbone):
+            part.start_as(start, "--start-from")
+    encoder.start = words
 
 
 def _prepare_folder(folder: Path, resume: Checkpoint | None) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mimco_deploy.training.augment import ToInputs
-from mimco_deploy.training.backbone import Backbone
+from mimco_deploy.training.backbone import Backbone, write_attention_out
 from mimco_deploy.training.config import RunConfig, Stage1Config, Stage2Config
 from mimco_deploy.training.data import Views, seed_for
 from mimco_deploy.training.distributed import rank, synchronise_batch_norm, world_size
@@ -76,6 +76,8 @@ class Stepper:
         self._to_inputs = ToInputs(config.backbone).to(self.device)
         self._bf16 = uses_bf16(run, encoder.width, self.device)
         encoder.checkpoint_gradients(run.grad_checkpointing)
+        if self.device.type == "cpu":
+            write_attention_out(method)
         if compiles(run, self.device):
             for module in method.modules():
                 if isinstance(module, Backbone):  # nearly all of the work, and free of state and of other processes

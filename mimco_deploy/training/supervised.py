@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from mimco_deploy.atomic import write_bytes
 from mimco_deploy.errors import CheckpointError, ConfigError, TrainingError, TrainingInterrupted
 from mimco_deploy.training.augment import ToInput
+from mimco_deploy.training.backbone import write_attention_out
 from mimco_deploy.training.classifier import Classifier, Config, build_classifier
 from mimco_deploy.training.config import OptimConfig
 from mimco_deploy.training.data import StepSampler, Views, fit_batch, load_batches, seed_for
@@ -165,6 +166,8 @@ class LabelledStepper:
         self._to_input = ToInput(config.backbone).to(self.device)
         self._bf16 = uses_bf16(run, method.encoder.width, self.device)
         method.encoder.checkpoint_gradients(run.grad_checkpointing and isinstance(config, FinetuneConfig))
+        if self.device.type == "cpu":
+            write_attention_out(method)
         if compiles(run, self.device):
             method.encoder.compile()
         self._parallel = parallel(method, self.device)

@@ -9,8 +9,6 @@ evaluation.
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,7 +23,6 @@ from mimco_deploy.training.masking import MaskShape, mask_attended, mask_shape
 from mimco_deploy.training.method_config import MimCoConfig, PatchLossConfig, Pooling
 from mimco_deploy.training.momentum import KeyQueue
 from mimco_deploy.training.monitor import spread
-from mimco_deploy.training.settings import differences
 from mimco_deploy.training.teacher import Teacher
 
 _QUEUE_LASTS = 4
@@ -192,7 +189,7 @@ class MimCo(nn.Module):
         self.mask_shape = mask_shape(backbone.image_size_px, self.encoder.patch_px, mask)
         check_unit(self.encoder, mask)
         if config.init_from_teacher:
-            start_from(self.encoder, teacher)
+            self.encoder.start_as(teacher, "init_from_teacher")
         self.teacher = Teacher(teacher, teacher_pooling, self.encoder, config.teacher_image_size_px)
         width = self.encoder.width
         self.patch_level = PatchLevel(width, self.teacher.width, config.patch) if config.patch.weight else None
@@ -278,22 +275,6 @@ def check_unit(encoder: Backbone, mask: MaskConfig) -> None:
             f"mask.mask_patch_size_px {mask.mask_patch_size_px} for tokens of {encoder.stride_px} px",
             expected=f"a multiple of {encoder.stride_px}, so that each token is masked as a whole or not at all",
         )
-
-
-def start_from(encoder: Backbone, teacher: Backbone) -> None:
-    """Give a student its teacher's weights.
-
-    Raises:
-        ConfigError: they are of different shapes, drop path aside.
-    """
-    same = dataclasses.replace(teacher.config, drop_path=encoder.config.drop_path, global_pool="")
-    for key, ours, theirs in differences(encoder.config, same):
-        raise ConfigError(f"init_from_teacher with backbone.{key} {ours}", expected=f"the teacher's {theirs}")
-    try:
-        encoder.load_state_dict(teacher.state_dict())
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"init_from_teacher: {reason}", expected="--init-at-random") from error
 
 
 def _at(tokens: Tensor, positions: Tensor) -> Tensor:

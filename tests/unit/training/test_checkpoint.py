@@ -64,7 +64,7 @@ def test_a_stage_1_checkpoint_is_read_as_it_was_written(tmp_path: Path) -> None:
     method, optimizer, config = stage1_parts()
     save_checkpoint(tmp_path / "last", method, optimizer, config, **STATE)
     checkpoint = read_checkpoint(tmp_path / "last")
-    assert checkpoint == Checkpoint(tmp_path / "last", "stage1", 3, 6, "c" * 64, config, None)
+    assert checkpoint == Checkpoint(tmp_path / "last", "stage1", 3, 6, "c" * 64, config, None, None)
     assert_same_state(checkpoint.load_model(), method.state_dict())
     assert_same_state(checkpoint.load_optimizer(), optimizer.state_dict())
     again = MoCoV3(config.backbone, mocov3_of(config))

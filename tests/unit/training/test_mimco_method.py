@@ -376,7 +376,7 @@ def test_a_student_that_cannot_start_from_its_teacher_is_refused() -> None:
         make_method(backbone=student, init_from_teacher=True)
     assert "init_from_teacher" in error.value.found
     assert "embed_dim 48" in error.value.found
-    assert error.value.expected == "the teacher's 24"
+    assert error.value.expected == "24, as vit_tiny_patch16_224 has"
 
 
 def test_init_from_teacher_copies_and_does_not_share() -> None:

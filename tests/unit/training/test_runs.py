@@ -364,7 +364,7 @@ def test_methods_without_a_teacher_refuse_one_and_read_no_stage_1_that_they_do_n
     (last / "config.json").write_text('{"format_version": 1, "stage": "stage1"}', encoding="utf-8")
     request = Request(method="simmim", preset="vit_tiny_64", data=(photos,))
     assert open_stage2(tmp_path / "stage2", tmp_path / "stage1", request)[0].data.sources == (str(photos),)
-    with pytest.raises(CheckpointError, match="format version 1; expected 3; run: mimco train stage1 --fresh"):
+    with pytest.raises(CheckpointError, match="format version 1; expected 4; run: mimco train stage1 --fresh"):
         open_stage2(tmp_path / "stage2", tmp_path / "stage1", Request(method="simmim"))
 
 

@@ -14,7 +14,16 @@ from mimco_deploy.training import step as stepping
 from mimco_deploy.training.config import Stage2Config
 from mimco_deploy.training.stages import train_stage1
 from mimco_deploy.training.step import WIDE, compiles, uses_bf16
-from tests.unit.training.small import BACKBONE, draw_photos, every_method, rows_of, run_config, stage1_config, train_any
+from tests.unit.training.small import (
+    BACKBONE,
+    assert_close_weights,
+    draw_photos,
+    every_method,
+    rows_of,
+    run_config,
+    stage1_config,
+    train_any,
+)
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -70,3 +79,23 @@ def test_a_compiled_run_has_the_losses_of_a_plain_one(tmp_path: Path, monkeypatc
         train_any(dataclasses.replace(config, backbone=BACKBONE, run=run), tmp_path / compiled)
     plain, fast = ([row["loss"] for row in rows_of(tmp_path / name)] for name in ("off", "on"))
     assert fast == pytest.approx(plain, rel=1e-4)
+
+
+def test_on_a_cpu_attention_is_written_out_and_learns_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    photos = draw_photos(tmp_path / "photos")
+    config = stage1_config(photos, epochs=1)
+    calls: list[int] = []
+    fused = torch.nn.functional.scaled_dot_product_attention
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        return fused(*arguments, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    train_any(config, tmp_path / "ours")
+    assert not calls
+    monkeypatch.setattr(stepping, "write_attention_out", lambda _: None)
+    train_any(config, tmp_path / "fused")
+    assert calls
+    assert_close_weights(tmp_path / "ours", tmp_path / "fused")
