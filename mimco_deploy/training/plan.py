@@ -44,6 +44,8 @@ logger = logging.getLogger(__name__)
 
 PROBES = {"cpu": ((2, 6),), "cuda": ((8, 32), (2, 8))}
 """Images in the two steps that are measured; fewer where those do not fit."""
+PATIENCE_S = 5.0
+"""How long, by the rate of the small steps, the step may take that tells the rate of large ones."""
 MAY_FILL = {"cpu": 0.5, "cuda": 0.85}
 """Share of the free memory that a step may fill by this reckoning. Our choice."""
 MIB = 2**20
@@ -185,8 +187,9 @@ def make_plan(config: Config, method: nn.Module, make_views: MakeViews, pictures
     encoder = method.encoder
     assert isinstance(encoder, nn.Module)
     exported = sum(value.numel() * value.element_size() for value in encoder.state_dict().values())
-    usual = min(micro, largest // 2) // 2 * 2  # even: pictures may be mixed in pairs
-    if stepper.device.type == "cuda" and usual > large.images:  # small steps leave a GPU idle
+    usual = min(micro, largest // 2, int(PATIENCE_S * large.images / large.seconds))
+    usual = usual // 2 * 2  # even: pictures may be mixed in pairs
+    if usual > large.images:  # small steps leave a device idle, and the optimiser's part in them is large
         # Where somebody else took the memory meanwhile, the small step's rate stands.
         with contextlib.suppress(torch.OutOfMemoryError):
             large = _probe(stepper, _noise(make_views, usual))

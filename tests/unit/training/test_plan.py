@@ -37,6 +37,27 @@ def test_a_plan_counts_what_the_run_will_do(photos: Path) -> None:
     assert plan.disk_mib > 2 * 4 * plan.trained_parameters / MIB
 
 
+@pytest.mark.parametrize(
+    ("image_s", "taken"),
+    [(0.01, [2, 6, 16]), (0.3, [2, 6, 14]), (1.0, [2, 6])],
+    ids=["the run's own size", "as many as take some seconds", "too slow for more"],
+)
+def test_the_rate_is_that_of_the_largest_step_that_patience_allows(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, image_s: float, taken: list[int]
+) -> None:
+    sizes: list[int] = []
+
+    def probe(_: Any, views: Any) -> Any:
+        count = len(views[0])
+        sizes.append(count)
+        return planning._Probe(count, count * MIB, 0.2 + image_s * count)
+
+    monkeypatch.setattr(planning, "_probe", probe)
+    plan = plan_run(stage1_config(photos, global_batch_size=16))
+    assert sizes == taken
+    assert plan.images_per_s == pytest.approx(taken[-1] / (0.2 + image_s * taken[-1]))
+
+
 @pytest.mark.parametrize("name", ["moby", "simmim", "mae", "joint"])
 def test_every_method_without_a_teachers_run_can_be_planned(photos: Path, name: str) -> None:
     assert plan_run(every_method(photos, Path())[name]).image_mib > 0
@@ -85,7 +106,7 @@ def test_what_is_made_once_is_no_share_of_an_image(photos: Path, monkeypatch: py
 
     monkeypatch.setattr(planning, "_kept_on_cpu", peak)
     assert plan_run(stage1_config(photos)).image_mib == 1000 / MIB
-    assert born == [0, 0]
+    assert born == [0, 0, 0]
 
 
 def test_where_a_step_does_not_fit_smaller_ones_are_measured(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,13 +122,13 @@ def test_where_a_step_does_not_fit_smaller_ones_are_measured(photos: Path, monke
     monkeypatch.setattr(planning, "_kept_on_cpu", peak)
     most, may = 6, True
     assert plan_run(config).image_mib == 1000 / MIB
-    assert tried == [4, 12, 2, 6]
+    assert tried == [4, 12, 2, 6, 8]  # the last for the rate alone, and in vain
     may = False
     with pytest.raises(DoesNotFitError, match=r"not even a step of 6 images fits into the .* MiB that are free"):
         plan_run(config)
     with pytest.raises(DoesNotFitError):
         fit_to_memory(config)  # computing again was tried as well
-    assert tried[4:] == [4, 2] * 3
+    assert tried[5:] == [4, 2] * 3
 
 
 def test_free_memory_is_what_the_machine_and_its_group_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
