@@ -234,7 +234,7 @@ def _print_plan(config: Stage1Config | Stage2Config | FinetuneConfig | LinearCon
         "micro-batch": f"{plan.micro_batch} images × {plan.accumulate}; up to {plan.largest_micro_batch} at once fit",
         "memory": f"{plan.step_mib:,.0f} MiB a step of {plan.available_mib:,.0f} free ({plan.fixed_mib:,.0f} and "
         f"{plan.image_mib:.1f} an image): {fits}",
-        "speed": f"{plan.images_per_s:,.0f} images/s, without loading; compiled steps are faster",
+        "speed": f"{plan.images_per_s:,.0f} images/s, without loading and compiling",
         "time": f"{plan.hours:,.1f} hours at that speed",
         "disk": f"{plan.disk_mib:,.0f} MiB for checkpoints",
     }
