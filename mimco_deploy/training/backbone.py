@@ -230,7 +230,7 @@ class Backbone(nn.Module):
             self.load_state_dict(other.state_dict())
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:600]
-            raise ConfigError(f"{setting}: {reason}", expected="weights that fit") from error
+            raise ConfigError(f"{setting}: {reason}", expected="weights that fit, or a start at random") from error
         self.licence = other.licence
 
     def checkpoint_gradients(self, enabled: bool) -> None:
