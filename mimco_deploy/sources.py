@@ -5,8 +5,10 @@ An index walks folders by its own rules (`serving/scan.py`): it must notice what
 
 from __future__ import annotations
 
+import logging
 import os
 import tarfile
+import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,8 @@ from PIL import Image
 
 from mimco_deploy.errors import DataError, ImageError
 from mimco_deploy.images import IMAGE_SUFFIXES, MAX_BYTES, decode_image
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -26,8 +30,18 @@ class Picture:
     size: int
     name: str
     """What people read: a path, or `archive.tar:member`."""
-    label: str | None
-    """Parent folder below the source, for evaluation only."""
+    folder: str | None = None
+    """That it lies in below the source, with `/` between names; None in none."""
+
+    @property
+    def label(self) -> str | None:
+        """Its class, by the name of its folder: composed as Unicode has it, whichever system wrote it."""
+        return unicodedata.normalize("NFC", self.folder.rpartition("/")[2]) if self.folder else None
+
+    @property
+    def place(self) -> tuple[str, int]:
+        """Where its bytes are, however the source was spelled."""
+        return str(self.file.resolve()), self.offset
 
     def read(self) -> bytes:
         """The encoded bytes; MAX_BYTES + 1 of them at most.
@@ -48,12 +62,17 @@ class Picture:
         Raises:
             ImageError: see `images.decode_image`.
         """
-        picture = decode_image(self.read(), self.name, short_side_px)
-        scale = short_side_px / min(picture.size)
-        if scale >= 1.0:
-            return picture
-        size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-        return picture.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
+        return decode_reduced(self.read(), self.name, short_side_px)
+
+
+def decode_reduced(content: bytes, name: str, short_side_px: int) -> Image.Image:
+    """As `Picture.decode`, of bytes that were read."""
+    picture = decode_image(content, name, short_side_px)
+    scale = short_side_px / min(picture.size)
+    if scale >= 1.0:
+        return picture
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    return picture.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
 
 
 def find_pictures(sources: Iterable[str]) -> list[Picture]:
@@ -75,48 +94,70 @@ def find_pictures(sources: Iterable[str]) -> list[Picture]:
             raise DataError(f"{source} does not exist", expected="a folder, a picture or a plain .tar")
         if source.is_dir():
             pictures = _in_folder(source)
+        elif not source.is_file():  # a pipe would be waited for
+            raise DataError(f"{source} is no file", expected="a folder, a picture or a plain .tar")
         elif source.suffix.lower() in IMAGE_SUFFIXES:
             pictures = iter([_file(source, None)])
         else:
             pictures = _in_tar(source, None)
         for picture in pictures:
             known = found.get(picture.name)
-            if known is None or known.label is None:  # named twice, a picture keeps the folder that one naming tells
+            if known is None or known.folder is None:  # named twice, a picture keeps the folder that one naming tells
                 found[picture.name] = picture
     if not found:
         raise DataError(f"no picture in {', '.join(sources) or 'no source'}", expected="--data DIR with pictures")
     return [found[name] for name in sorted(found)]
 
 
+def warn_of_merged_classes(pictures: Iterable[Picture]) -> None:
+    """Say where one class is made of folders of the same name in different places, which may be meant, or not."""
+    folders: dict[str, set[str]] = {}
+    for picture in pictures:
+        if picture.folder is not None:
+            folders.setdefault(str(picture.label), set()).add(picture.folder)
+    merged = {label: sorted(found) for label, found in sorted(folders.items()) if len(found) > 1}
+    if merged:
+        label, found = next(iter(merged.items()))
+        others = f"; {len(merged) - 1} more likewise" if len(merged) > 1 else ""
+        logger.warning("class %s is %d folders, such as %s and %s%s", label, len(found), *found[:2], others)
+
+
 def _in_folder(root: Path) -> Iterator[Picture]:
     for folder, folders, names in os.walk(root):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         here = Path(folder)
+        below = here.relative_to(root).as_posix() if here != root else None
         for name in names:
             if name.startswith("."):  # a Mac writes `._IMG_1.jpg` beside each picture on foreign disks
                 continue
             path = here / name
             if path.suffix == ".tar":
-                yield from _in_tar(path, here.name if here != root else None)
+                yield from _in_tar(path, below)
             elif path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
-                yield _file(path, here.name if here != root else None)
+                yield _file(path, below)
 
 
-def _file(path: Path, label: str | None) -> Picture:
-    return Picture(path, 0, path.stat().st_size, str(path), label)
+def _file(path: Path, folder: str | None) -> Picture:
+    return Picture(path, 0, path.stat().st_size, str(path), folder)
 
 
 def _in_tar(path: Path, folder: str | None) -> Iterator[Picture]:
-    """The pictures of a tar; those in no folder inside of it have the label of the one that it lies in."""
+    """The pictures of a tar; those in no folder inside of it are in the one that it lies in."""
     try:
-        with tarfile.open(path, "r:") as archive:
+        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
+            size = path.stat().st_size
             for member in archive:
                 if member.size < 0:  # which would lead back to the same member, for ever
                     raise tarfile.ReadError("a member has no size")
+                if member.offset_data + member.size > size:
+                    raise tarfile.ReadError("cut off in its last member")
                 inside = Path(member.name)
                 if member.isreg() and inside.suffix.lower() in IMAGE_SUFFIXES and not inside.name.startswith("."):
-                    label = inside.parent.name or folder
-                    yield Picture(path, member.offset_data, member.size, f"{path}:{member.name}", label)
+                    within = inside.parent.as_posix() if inside.parent.name else folder
+                    yield Picture(path, member.offset_data, member.size, f"{path}:{member.name}", within)
+            file.seek(archive.offset)
+            if any(file.read(tarfile.BLOCKSIZE)):  # Python takes whatever is no header for the end
+                raise tarfile.ReadError(f"cut off or broken at byte {archive.offset}")
     except (tarfile.TarError, OSError) as error:
         expected = "a plain .tar, which is read in place; unpack or decompress it first"
         raise DataError(f"{path} cannot be read as a tar ({error})", expected=expected) from error

@@ -54,7 +54,7 @@ def finetune(config: FinetuneConfig, folder: Path) -> list[dict[str, float]]:
 def random_encoder(backbone: BackboneConfig, seed: int, folder: Path) -> Path:
     """Random weights as run.py's row has them, where fine-tuning finds an encoder."""
     torch.manual_seed(seed)
-    save_as_timm(Backbone(backbone), folder)
+    save_as_timm(Backbone(backbone), folder, "unstated")
     return folder
 
 

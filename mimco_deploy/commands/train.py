@@ -35,7 +35,7 @@ class _MicroBatches(click.ParamType):  # type: ignore[type-arg]  # generic in ne
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """Keep the text once it is one of the two."""
-        if value != "auto" and not (value.isdigit() and int(value) >= 1):
+        if value != "auto" and not (value.isascii() and value.isdigit() and int(value) >= 1):
             self.fail(f"{value} is neither auto nor a number from 1 on", param, ctx)
         return str(value)
 
@@ -89,12 +89,12 @@ def stage1(workspace: Workspace, /, as_json: bool, plan: bool, **options: Any) -
         from mimco_deploy.training.runs import Request, open_stage1
         from mimco_deploy.training.stages import train_stage1
 
-    config, resume = open_stage1(workspace.stage1, Request(**options))
+    config, resume = open_stage1(workspace.stage1, Request(**_asked(options, plan)))
+    if options["grad_accum"] == "auto" and resume is None:
+        config = _fit_to_memory(config)
     if plan:
         _print_plan(config, as_json)
         return
-    if options["grad_accum"] == "auto" and resume is None:
-        config = _fit_to_memory(config)
     with _training_bar("stage 1") as show:
         train_stage1(config, workspace.stage1, resume=resume, on_step=show)
     _print_trained(workspace.stage1, as_json)
@@ -129,12 +129,12 @@ def stage2(workspace: Workspace, /, as_json: bool, plan: bool, **options: Any) -
         from mimco_deploy.training.runs import Request, open_stage2
         from mimco_deploy.training.stages import train_stage2
 
-    config, resume = open_stage2(workspace.stage2, workspace.stage1, Request(**options))
+    config, resume = open_stage2(workspace.stage2, workspace.stage1, Request(**_asked(options, plan)))
+    if options["grad_accum"] == "auto" and resume is None:
+        config = _fit_to_memory(config)
     if plan:
         _print_plan(config, as_json)
         return
-    if options["grad_accum"] == "auto" and resume is None:
-        config = _fit_to_memory(config)
     with _training_bar("stage 2") as show:
         train_stage2(config, workspace.stage2, resume=resume, on_step=show)
     _print_trained(workspace.stage2, as_json)
@@ -174,12 +174,14 @@ def finetune(workspace: Workspace, /, as_json: bool, plan: bool, **options: Any)
         from mimco_deploy.training.supervised import train_with_labels
         from mimco_deploy.training.supervised_runs import LabelledRequest, open_finetune
 
-    config, resume = open_finetune(workspace.finetune, workspace.stage2 / "last", LabelledRequest(**options))
+    config, resume = open_finetune(
+        workspace.finetune, workspace.stage2 / "last", LabelledRequest(**_asked(options, plan))
+    )
+    if options["grad_accum"] == "auto" and resume is None:
+        config = _fit_to_memory(config)
     if plan:
         _print_plan(config, as_json)
         return
-    if options["grad_accum"] == "auto" and resume is None:
-        config = _fit_to_memory(config)
     with _training_bar("fine-tuning") as show:
         train_with_labels(config, workspace.finetune, resume=resume, on_step=show)
     _print_measured(workspace.finetune, "finetune", as_json)
@@ -199,15 +201,20 @@ def linear(workspace: Workspace, /, as_json: bool, plan: bool, **options: Any) -
         from mimco_deploy.training.supervised import train_with_labels
         from mimco_deploy.training.supervised_runs import LabelledRequest, open_linear
 
-    config, resume = open_linear(workspace.linear, workspace.stage2 / "last", LabelledRequest(**options))
+    config, resume = open_linear(workspace.linear, workspace.stage2 / "last", LabelledRequest(**_asked(options, plan)))
+    if options["grad_accum"] == "auto" and resume is None:
+        config = _fit_to_memory(config)
     if plan:
         _print_plan(config, as_json)
         return
-    if options["grad_accum"] == "auto" and resume is None:
-        config = _fit_to_memory(config)
     with _training_bar("linear probe") as show:
         train_with_labels(config, workspace.linear, resume=resume, on_step=show)
     _print_measured(workspace.linear, "linear", as_json)
+
+
+def _asked(options: dict[str, Any], plan: bool) -> dict[str, Any]:
+    """The options as a request takes them: a plan writes nothing, so that a run that is there is not in its way."""
+    return {**options, "fresh": options["fresh"] or (plan and not options["resume"])}
 
 
 def _fit_to_memory(config: ConfigT) -> ConfigT:

@@ -101,7 +101,7 @@ class Backbone(nn.Module):
         """Weights that its training started with, in words that mean something elsewhere; empty at random."""
         if body is None:
             self._check_size(config.image_size_px)
-        if frozen_patch_embed:
+        if frozen_patch_embed and hasattr(model, "patch_embed"):  # the method refuses what has none
             self.body.patch_embed.requires_grad_(False)
 
     @property
@@ -230,7 +230,7 @@ class Backbone(nn.Module):
             self.load_state_dict(other.state_dict())
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:600]
-            raise ConfigError(f"{setting}: {reason}", expected="weights that fit, or a start at random") from error
+            raise ConfigError(f"{setting}: {reason}", expected="weights that fit, or another start") from error
         self.licence = other.licence
 
     def checkpoint_gradients(self, enabled: bool) -> None:
@@ -363,14 +363,19 @@ def weights_hash(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def save_as_timm(backbone: Backbone, folder: Path) -> None:
+def save_as_timm(backbone: Backbone, folder: Path, licence: str) -> None:
     """Write a folder that `timm.create_model("local-dir:<folder>", pretrained=True)` loads.
 
     timm fills its config from the architecture's published weights; what describes those and not ours is replaced.
+
+    Args:
+        backbone: whose weights it holds.
+        folder: to write.
+        licence: of the weights, by all that they were learnt from.
     """
     ours = {
         "tag": "",
-        "license": backbone.licence,
+        "license": licence,
         "mean": backbone.config.mean,
         "std": backbone.config.std,
         "crop_pct": backbone.geometry.crop_share,

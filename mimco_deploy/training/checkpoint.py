@@ -9,9 +9,12 @@ last/
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import shutil
 import textwrap
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,16 +137,41 @@ def save_checkpoint(
         "teacher": spec and to_document(spec),
         "start": start and to_document(start),
     }
-    with staged_dir(folder) as staging:
+    with written_whole(folder) as staging:
         (staging / "config.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         save_file(
             {name: value.contiguous() for name, value in method.state_dict().items()}, staging / "model.safetensors"
         )
         torch.save(optimizer.state_dict(), staging / "optimizer.pt")
-        save_as_timm(method.encoder, staging / "timm")
+        save_as_timm(method.encoder, staging / "timm", _licence(spec, start))
         mode = (staging / "config.json").stat().st_mode
         for path in staging.rglob("*.safetensors"):
             path.chmod(mode)  # safetensors writes for the owner alone, whatever the umask
+
+
+@contextlib.contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """`atomic.staged_dir` for a checkpoint.
+
+    Raises:
+        CheckpointError: it cannot be written, most often for want of room.
+    """
+    try:
+        with staged_dir(folder) as staging:
+            yield staging
+    except (OSError, SafetensorError, RuntimeError) as error:  # the last is how torch tells of a full disk
+        free = shutil.disk_usage(folder.parent).free >> 20
+        reason = error.strerror if isinstance(error, OSError) else str(error).partition("\n")[0]
+        raise CheckpointError(
+            f"{folder} cannot be written ({reason}), with {free:,} MiB free on its disk",
+            expected="room for two checkpoints; the last one that was written stays, and --resume goes on from it",
+        ) from error
+
+
+def _licence(teacher: TeacherSpec | None, start: StartSpec | None) -> str:
+    """Of what was learnt from, and of what was started as: one forbids what the other allows."""
+    known = [behind.licence for behind in (teacher, start) if behind is not None]
+    return " and ".join(dict.fromkeys(known)) or UNSTATED
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -202,9 +230,7 @@ def load_encoder(checkpoint: Checkpoint) -> tuple[Backbone, Pooling]:
         key.removeprefix(prefix): value for key, value in checkpoint.load_model().items() if key.startswith(prefix)
     }
     load_strictly(backbone, state, checkpoint.path)
-    # Of what was learnt from and what was started as: one forbids what the other allows.
-    known = [behind.licence for behind in (checkpoint.teacher, checkpoint.start) if behind is not None]
-    backbone.licence = " and ".join(dict.fromkeys(known)) or UNSTATED
+    backbone.licence = _licence(checkpoint.teacher, checkpoint.start)
     method = checkpoint.config.method
     if isinstance(method, MoCoV3Config | MoBYConfig | JointConfig):  # their losses train the model's own vector
         return backbone, backbone.own_pooling

@@ -26,8 +26,8 @@ class Corpus:
 
     pictures: list[Picture]
     config: DataConfig
-    held: list[npt.NDArray[np.uint8]] | None = None
-    """[H, W, 3] each, or None where they did not fit."""
+    held: list[npt.NDArray[np.uint8] | str] | None = None
+    """[H, W, 3] each, or why a picture cannot be decoded; None where they did not fit."""
     bad: set[str] = field(default_factory=set)
     """What was said of each picture that could not be decoded."""
 
@@ -47,16 +47,18 @@ class Corpus:
 
     def pixels(self, index: int) -> tuple[npt.NDArray[np.uint8], list[str]]:
         """Picture `index`, or the next one that can be decoded, [H, W, 3], and the names of those that could not be."""
-        if self.held is not None:
-            return self.held[index], []
         refused: list[str] = []
         for step in range(len(self.pictures)):
-            picture = self.pictures[(index + step) % len(self.pictures)]
-            try:
-                return np.array(picture.decode(self.config.short_side_px)), refused
-            except ImageError as error:
-                refused.append(str(error))
+            found = self._decoded((index + step) % len(self.pictures))
+            if not isinstance(found, str):
+                return found, refused
+            refused.append(found)
         raise DataError(f"none of {len(self.pictures)} pictures can be decoded", expected="pictures")
+
+    def _decoded(self, index: int) -> npt.NDArray[np.uint8] | str:
+        if self.held is not None:
+            return self.held[index]
+        return _decode_or_reason(self.pictures[index], self.config.short_side_px)
 
     def report_bad(self, names: Iterable[str]) -> None:
         """Count pictures that could not be decoded, and name each once.
@@ -67,7 +69,7 @@ class Corpus:
         for name in set(names) - self.bad:
             self.bad.add(name)
             logger.warning("skipped %s", name)
-        total = len(self.pictures) + (len(self.bad) if self.held is not None else 0)
+        total = len(self.pictures)
         if len(self.bad) > self.config.max_bad_share * total:
             raise DataError(
                 f"{len(self.bad)} of {total} pictures cannot be decoded, such as {min(self.bad)}",
@@ -86,26 +88,20 @@ def load_corpus(config: DataConfig) -> Corpus:
     corpus = Corpus(pictures, config)
     if sum(picture.size for picture in pictures) > budget:
         return corpus
-    good: list[Picture] = []
-    held: list[npt.NDArray[np.uint8]] = []
-    bad: list[str] = []
+    held: list[npt.NDArray[np.uint8] | str] = []
     used = 0
     decode = functools.partial(_decode_or_reason, short_side_px=config.short_side_px)
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(pictures), 256):  # a bounded look-ahead: what is decoded is soon counted
             chunk = pictures[start : start + 256]
-            for picture, pixels in zip(chunk, pool.map(decode, chunk), strict=True):
-                if isinstance(pixels, str):
-                    bad.append(pixels)
-                else:
-                    good.append(picture)
-                    held.append(pixels)
-                    used += pixels.nbytes
+            held += pool.map(decode, chunk)
+            used += sum(one.nbytes for one in held[start:] if not isinstance(one, str))
             if used > budget:
                 return corpus
-    if not good:
+    bad = [one for one in held if isinstance(one, str)]
+    if len(bad) == len(pictures):
         raise DataError(f"none of {len(pictures)} pictures can be decoded, such as {bad[0]}", expected="pictures")
-    corpus = Corpus(good, config, held)
+    corpus.held = held
     corpus.report_bad(bad)
     return corpus
 

@@ -27,6 +27,12 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def wait_for_all() -> None:
+    """Return once every process has come here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
 def gather_rows(rows: Tensor) -> Tensor:
     """Concatenate every process's rows in rank order.
 

@@ -7,6 +7,7 @@ pre-training; SimMIM's code gives its own per 512, so here stands half of it. St
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 
 from mimco_deploy.training.config import BackboneConfig, DataConfig, RunConfig
@@ -78,8 +79,13 @@ class FinetuneViewsConfig:
     def __post_init__(self) -> None:
         """Raises ConfigError for values that cannot be meant."""
         require(0.0 < self.min_crop_scale <= 1.0, "views.min_crop_scale", self.min_crop_scale, "above 0, up to 1")
-        known = not self.rand_augment or self.rand_augment.startswith("rand-")
-        require(known, "views.rand_augment", self.rand_augment, "timm's name of one, such as rand-m9-mstd0.5-inc1")
+        known = re.fullmatch(r"(rand(-(m\d+|n\d+|p[\d.]+|mstd[\d.]+|mmax\d+|inc[01]|t\w+))+)?", self.rand_augment)
+        require(
+            known is not None,
+            "views.rand_augment",
+            self.rand_augment,
+            "timm's name of one, such as rand-m9-mstd0.5-inc1",
+        )
         require(0.0 <= self.erase <= 1.0, "views.erase", self.erase, "a share")
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mimco_deploy.errors import DataError, ImageError
 from mimco_deploy.preprocess import decode_pixels
-from mimco_deploy.sources import Picture, find_pictures
+from mimco_deploy.sources import Picture, find_pictures, warn_of_merged_classes
 from mimco_deploy.training.backbone import Geometry
 from mimco_deploy.training.classifier import draws_follow_torch
 from mimco_deploy.training.config import DataConfig
@@ -131,7 +131,8 @@ def number_classes(train: Sequence[Picture], val: Sequence[Picture]) -> tuple[li
     """The classes, sorted, and the number of that of each picture.
 
     Raises:
-        DataError: a picture lies in no folder of a class, there is one class only, or the two have not the same.
+        DataError: a picture lies in no folder of a class, there is one class only, the two have not the same, or they
+            share pictures.
     """
     names, labels = _classes_of(train, "--data"), _classes_of(val, "--val")
     classes = sorted(set(names))
@@ -139,6 +140,15 @@ def number_classes(train: Sequence[Picture], val: Sequence[Picture]) -> tuple[li
         raise DataError(f"--data has one class, {classes[0]}", expected="two folders of pictures at least")
     _refuse_others(set(labels) - set(classes), "--val has classes that --data has not")
     _refuse_others(set(classes) - set(labels), "--val lacks classes of --data")
+    both = {picture.place for picture in train} & {picture.place for picture in val}
+    if both:
+        path, _ = min(both)
+        raise DataError(
+            f"{len(both)} pictures are in --data and in --val, such as one in {path}",
+            expected="two sets that share none",
+        )
+    for pictures in (train, val):
+        warn_of_merged_classes(pictures)
     number = {name: index for index, name in enumerate(classes)}
     return classes, [number[name] for name in names], [number[name] for name in labels]
 

@@ -28,12 +28,12 @@ from mimco_deploy.errors import ConfigError
 from mimco_deploy.sources import find_pictures
 from mimco_deploy.training.classifier import FineTuned, LinearProbe, build_classifier
 from mimco_deploy.training.config import Stage1Config, Stage2Config
-from mimco_deploy.training.data import MakeViews, Views, fewest_parts, fit_batch
+from mimco_deploy.training.data import MakeViews, Views, fewest_parts
 from mimco_deploy.training.distributed import world_size
 from mimco_deploy.training.finetune_config import FinetuneConfig, LinearConfig
 from mimco_deploy.training.labelled import number_classes, with_label
 from mimco_deploy.training.published import load_teacher
-from mimco_deploy.training.stages import build_stage1, build_stage2
+from mimco_deploy.training.stages import build_stage1, build_stage2, fit_stage, start_encoder
 from mimco_deploy.training.step import Stepper
 from mimco_deploy.training.supervised import LabelledStepper, fit_run, make_views, mixes
 
@@ -105,12 +105,14 @@ def plan_run(config: Config) -> Plan:
         classes, _, _ = number_classes(found, find_pictures(config.val))
         config = fit_run(config, len(found))
         method, views = build_classifier(config, len(classes)), make_views(config)
+    elif isinstance(config, Stage1Config):
+        config = fit_stage(config, len(found))
+        method, views = build_stage1(config)
+        start_encoder(method, config.start_from)
     else:
-        config = dataclasses.replace(config, run=fit_batch(config.run, len(found)))
-        if isinstance(config, Stage1Config):
-            method, views = build_stage1(config)
-        else:
-            method, views = build_stage2(config, load_teacher(config.teacher) if config.teacher else None)
+        config = fit_stage(config, len(found))
+        method, views = build_stage2(config, load_teacher(config.teacher) if config.teacher else None)
+        start_encoder(method, config.start_from)
     return make_plan(config, method.to(device), views, len(found))
 
 

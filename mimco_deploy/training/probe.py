@@ -60,11 +60,14 @@ class Probe:
     """
 
     def __init__(self, corpus: Corpus, image_size_px: int) -> None:
-        self.numbers = choose([picture.label for picture in corpus.pictures])
-        self.pictures = [Image.fromarray(corpus.pixels(number)[0]) for number in self.numbers]
+        decoded = {}
+        for number in choose([picture.label for picture in corpus.pictures]):
+            pixels, refused = corpus.pixels(number)  # of a later picture where this one cannot be decoded
+            decoded[(number + len(refused)) % len(corpus)] = Image.fromarray(pixels)
+        self.numbers, self.pictures = list(decoded), list(decoded.values())
         self.names = [corpus.pictures[number].name for number in self.numbers]
-        pixels = np.stack([preprocess(picture, image_size_px, CROP_SHARE) for picture in self.pictures])
-        self._pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2)  # [N, 3, H, W]
+        seen = np.stack([preprocess(picture, image_size_px, CROP_SHARE) for picture in self.pictures])
+        self._pixels = torch.from_numpy(seen).permute(0, 3, 1, 2)  # [N, 3, H, W]
         labels = [corpus.pictures[number].label for number in self.numbers]
         known = sorted({label for label in labels if label is not None})
         self._labels = torch.tensor([known.index(str(label)) for label in labels]) if _can_vote(labels) else None

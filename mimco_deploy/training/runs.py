@@ -65,13 +65,21 @@ class Request:
         if self.data:
             sources = tuple(str(path.resolve()) for path in self.data)  # the workspace may be used from another folder
             config = dataclasses.replace(config, data=dataclasses.replace(config.data, sources=sources))
-        start = "" if self.init_from_teacher is None else f"method.init_from_teacher={self.init_from_teacher}"
+        start = self.init_from_teacher
+        is_mimco = isinstance(config.method, MimCoConfig)
+        flag = "--init-from-teacher" if start else "--init-at-random"
+        if start is not None and not is_mimco:
+            raise ConfigError(f"{flag} with --method {config.method.name}", expected="--method mimco")
         if self.start_from is not None:
-            if self.init_from_teacher:
-                raise ConfigError("--start-from with --init-from-teacher", expected="one of them")
+            if start is not None:
+                raise ConfigError(f"--start-from with {flag}", expected="one of them")
+            start = False
             config = dataclasses.replace(config, start_from=whole(self.start_from))
-            start = "method.init_from_teacher=False" if isinstance(config.method, MimCoConfig) else ""
-        return apply_settings(config, filter(None, (start, *self.settings)))
+        first = f"method.init_from_teacher={start}" if start is not None and is_mimco else ""
+        config = apply_settings(config, filter(None, (first, *self.settings)))
+        if config.start_from and isinstance(config.method, MimCoConfig) and config.method.init_from_teacher:
+            raise ConfigError("--start-from with method.init_from_teacher", expected="one of them")
+        return config
 
 
 def open_stage1(folder: Path, request: Request) -> tuple[Stage1Config, Checkpoint | None]:
@@ -165,7 +173,8 @@ def _same(kept: StageT, base: StageT, request: Request) -> StageT:
     for key, old, new in changes:
         if key not in MAY_CHANGE:
             raise ConfigError(
-                f"--resume with {key} {new}, where the run has {old}", expected="the same, or --fresh to start anew"
+                f"--resume with {key} {new}, where the run has {old or 'none'}",
+                expected="the same, or --fresh to start anew",
             )
     return asked
 
@@ -197,9 +206,7 @@ def _recipe(request: Request, source: str) -> Recipe:
     recipe = recipe_for(backbone)
     if request.start_from is None:
         return recipe
-    same = dataclasses.replace(recipe.stage2.backbone, mean=backbone.mean, std=backbone.std)
-    stage1 = dataclasses.replace(recipe.stage1, backbone=same)
-    return dataclasses.replace(recipe, stage1=stage1, stage2=dataclasses.replace(recipe.stage2, backbone=same))
+    return dataclasses.replace(recipe, stage1=dataclasses.replace(recipe.stage1, backbone=recipe.stage2.backbone))
 
 
 def _with_pictures(config: Stage2Config, request: Request, source: str) -> Stage2Config:
@@ -225,28 +232,26 @@ def _default_preset() -> str:
     return "vit_small" if torch.cuda.is_available() else "vit_tiny_debug"
 
 
-def recipe_for(teacher: BackboneConfig) -> Recipe:
-    """The preset nearest to a teacher, with a student of the teacher's architecture and sizes."""
-    family = "swin" if teacher.name.startswith("swin") else "vit"
-    if not any(part in teacher.name for part in ("vit", "deit", "beit", "swin_")):
+def recipe_for(weights: BackboneConfig) -> Recipe:
+    """The preset nearest to a teacher, or to a start, with a backbone of its architecture, sizes and normalisation."""
+    family = "swin" if weights.name.startswith("swin") else "vit"
+    if not any(part in weights.name for part in ("vit", "deit", "beit", "swin_")):
         raise ConfigError(
-            f"no preset for the teacher's {teacher.name}", expected=f"--preset {' or '.join(sorted(PRESETS))}"
+            f"no preset for {weights.name}, for what is trained is a ViT, BEiT or Swin",
+            expected=f"a student of its own for such a teacher: --preset {' or '.join(sorted(PRESETS))}",
         )
 
     def distance(recipe: Recipe) -> tuple[float, float]:
         plain = recipe.stage2.backbone
-        size = abs(math.log(plain.image_size_px / teacher.image_size_px))
-        return size, abs(math.log(plain.embed_dim / (teacher.embed_dim or plain.embed_dim)))
+        size = abs(math.log(plain.image_size_px / weights.image_size_px))
+        return size, abs(math.log(plain.embed_dim / (weights.embed_dim or plain.embed_dim)))
 
     recipes = [make() for make in PRESETS.values()]
     recipe = min((one for one in recipes if one.stage2.backbone.name.startswith(family)), key=distance)
     plain, mask = recipe.stage2.backbone, recipe.stage2.mask
-    student = dataclasses.replace(
-        teacher, drop_path=plain.drop_path, global_pool=plain.global_pool, mean=plain.mean, std=plain.std
-    )
-    unit, patch = mask.mask_patch_size_px, teacher.patch_size_px or plain.patch_size_px
-    if unit % patch or teacher.image_size_px % unit:
-        grid = teacher.image_size_px // patch
+    backbone = dataclasses.replace(weights, drop_path=plain.drop_path, global_pool=plain.global_pool)
+    unit, patch = mask.mask_patch_size_px, weights.patch_size_px or plain.patch_size_px
+    if unit % patch or weights.image_size_px % unit:
+        grid = weights.image_size_px // patch
         mask = dataclasses.replace(mask, mask_patch_size_px=patch if grid % 2 else 2 * patch)
-    stage2 = dataclasses.replace(recipe.stage2, backbone=student, mask=mask)
-    return dataclasses.replace(recipe, stage2=stage2)
+    return dataclasses.replace(recipe, stage2=dataclasses.replace(recipe.stage2, backbone=backbone, mask=mask))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterable, Iterator
@@ -106,10 +107,12 @@ def _parse(hint: Any, text: str, key: str) -> Any:
             return text
         if hint is bool:
             return {"true": True, "false": False}[text.lower()]
-        return hint(text)
+        value = hint(text)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError
+        return value
     except (ValueError, KeyError) as error:
-        names = " or ".join(map(str, arguments))
-        wanted = {Literal: names, tuple: f"{len(arguments)} values with commas between"}.get(
-            origin, getattr(hint, "__name__", str(hint))
-        )
-        raise ConfigError(f"{key}={text}", expected=f"a value of type {wanted}") from error
+        several = "values" if arguments[-1:] == (Ellipsis,) else f"{len(arguments)} values"
+        kind = {int: "a whole number", float: "a number", bool: "true or false"}.get(hint, str(hint))
+        wanted = {Literal: " or ".join(map(str, arguments)), tuple: f"{several} with commas between"}.get(origin, kind)
+        raise ConfigError(f"{key}={text}", expected=wanted) from error

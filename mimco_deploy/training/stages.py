@@ -16,9 +16,9 @@ from mimco_deploy.training.augment import MaskedTwoViews, OneCrop, TwoViews
 from mimco_deploy.training.backbone import Backbone, weights_hash
 from mimco_deploy.training.checkpoint import Checkpoint
 from mimco_deploy.training.config import Stage1Config, Stage2Config
-from mimco_deploy.training.corpus import Corpus, load_corpus
+from mimco_deploy.training.corpus import load_corpus
 from mimco_deploy.training.data import MakeViews, fit_batch
-from mimco_deploy.training.distributed import is_main, process_group, world_size
+from mimco_deploy.training.distributed import process_group, world_size
 from mimco_deploy.training.loop import StepReport, train
 from mimco_deploy.training.method_config import (
     FDConfig,
@@ -38,9 +38,9 @@ from mimco_deploy.training.methods.moby import MoBY
 from mimco_deploy.training.methods.mocov3 import MoCoV3
 from mimco_deploy.training.methods.simmim import SimMIM
 from mimco_deploy.training.published import load_teacher
+from mimco_deploy.training.run_folder import make_way, only_writer
 from mimco_deploy.training.schedules import check_warmup
 from mimco_deploy.training.step import Method
-from mimco_deploy.workspace import set_aside
 
 logger = logging.getLogger(__name__)
 
@@ -65,13 +65,13 @@ def train_stage1(
     Raises:
         MimcoError: see `load_corpus` and `loop.train`.
     """
-    with process_group() as device:
+    with process_group() as device, only_writer(folder):
         corpus = load_corpus(config.data)
-        asked, config = config, _fit(config, corpus, resume)
+        asked, config = config, _fit_and_tell(config, len(corpus), resume)
         torch.manual_seed(config.run.seed)
         method, make_views = build_stage1(config)
-        _start(method, config.start_from, resume)
-        _prepare_folder(folder, resume)
+        start_encoder(method, config.start_from, resume)
+        make_way(folder, resuming=resume is not None)
         train(method.to(device), config, corpus, make_views, folder, asked=asked, resume=resume, on_step=on_step)
 
 
@@ -89,14 +89,14 @@ def train_stage2(
     Raises:
         MimcoError: see `load_corpus`, `published.load_teacher` and `loop.train`.
     """
-    with process_group() as device:
+    with process_group() as device, only_writer(folder):
         teacher = _teacher(config, resume)
         corpus = load_corpus(config.data)
-        asked, config = config, _fit(config, corpus, resume)
+        asked, config = config, _fit_and_tell(config, len(corpus), resume)
         torch.manual_seed(config.run.seed)
         method, make_views = build_stage2(config, teacher)
-        _start(method, config.start_from, resume)
-        _prepare_folder(folder, resume)
+        start_encoder(method, config.start_from, resume)
+        make_way(folder, resuming=resume is not None)
         train(method.to(device), config, corpus, make_views, folder, asked=asked, resume=resume, on_step=on_step)
 
 
@@ -156,7 +156,7 @@ def _teacher(config: Stage2Config, resume: Checkpoint | None) -> tuple[Backbone,
     return backbone, resume.teacher.pooling
 
 
-def _start(method: nn.Module, source: str, resume: Checkpoint | None) -> None:
+def start_encoder(method: nn.Module, source: str, resume: Checkpoint | None = None) -> None:
     """Give the encoder, and its momentum copy where there is one, the weights that the run starts from.
 
     A resumed run's come with its checkpoint, which also tells what they once started as.
@@ -178,26 +178,14 @@ def _start(method: nn.Module, source: str, resume: Checkpoint | None) -> None:
     encoder.start = words
 
 
-def _prepare_folder(folder: Path, resume: Checkpoint | None) -> None:
-    """Make the run's folder; a run that is there and not resumed is moved aside, once nothing else can be refused."""
-    if not is_main():
-        return
-    if resume is None and folder.exists():
-        logger.warning("the run that was in %s is now in %s", folder, set_aside(folder))
-    folder.mkdir(parents=True, exist_ok=True)
+def fit_stage(config: StageConfig, pictures: int) -> StageConfig:
+    """The run with a batch that so many pictures fill.
 
-
-def _fit(config: StageConfig, corpus: Corpus, resume: Checkpoint | None) -> StageConfig:
-    asked, run = config.run, fit_batch(config.run, len(corpus))
+    Raises:
+        ConfigError: it cannot be divided as asked, or the warm-up leaves nothing.
+    """
+    run = fit_batch(config.run, pictures)
     check_warmup(config.optim, run.epochs)
-    if run != asked:
-        batch, wanted = run.global_batch_size, asked.global_batch_size
-        logger.warning("global batch of %d instead of %d: %d pictures", batch, wanted, len(corpus))
-    steps = len(corpus) // run.global_batch_size * run.epochs
-    if steps < FEW_STEPS and resume is None:
-        logger.warning(
-            "only %d steps with %d pictures: --epochs or a smaller --batch-size give more", steps, len(corpus)
-        )
     parts = run.accumulate * world_size()
     if run.global_batch_size % parts or run.global_batch_size // parts < 2:
         split = f"{world_size()} processes × {run.accumulate} micro-batches"
@@ -206,3 +194,14 @@ def _fit(config: StageConfig, corpus: Corpus, resume: Checkpoint | None) -> Stag
             expected="at least 2 pictures in each, evenly; a contrastive loss needs negatives",
         )
     return dataclasses.replace(config, run=run)
+
+
+def _fit_and_tell(config: StageConfig, pictures: int, resume: Checkpoint | None) -> StageConfig:
+    fitted = fit_stage(config, pictures)
+    batch, wanted = fitted.run.global_batch_size, config.run.global_batch_size
+    if batch != wanted:
+        logger.warning("global batch of %d instead of %d: %d pictures", batch, wanted, pictures)
+    steps = pictures // batch * fitted.run.epochs
+    if steps < FEW_STEPS and resume is None:
+        logger.warning("only %d steps with %d pictures: --epochs or a smaller --batch-size give more", steps, pictures)
+    return fitted

@@ -31,10 +31,10 @@ from mimco_deploy.training.layer_decay import decayed_groups
 from mimco_deploy.training.loop import StepReport, asked_to_stop, stop_requests
 from mimco_deploy.training.monitor import check_alive, check_finite
 from mimco_deploy.training.report import write_report
+from mimco_deploy.training.run_folder import make_way, only_writer
 from mimco_deploy.training.schedules import check_warmup, lr_schedule
 from mimco_deploy.training.step import compiles, no_sync, parallel, uses_bf16
 from mimco_deploy.training.supervised_checkpoint import Progress, SavedRun, kind_of, save_run
-from mimco_deploy.workspace import set_aside
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def train_with_labels(
         TrainingInterrupted: SIGINT or SIGTERM came; the checkpoint is written.
         MimcoError: the pictures, the encoder or the settings do not fit each other.
     """
-    with process_group() as device:
+    with process_group() as device, only_writer(folder):
         corpus, validation = load_labelled(config.data, config.val, config.backbone.image_size_px)
         if resume is not None and (resume.progress.corpus, resume.classes) != (corpus.fingerprint, corpus.classes):
             raise CheckpointError(
@@ -72,10 +72,7 @@ def train_with_labels(
         torch.manual_seed(config.run.seed)
         method = build_classifier(config, len(corpus.classes), resume).to(device)
         validation.geometry = method.encoder.geometry
-        if is_main():
-            if resume is None and folder.exists():
-                logger.warning("the run that was in %s is now in %s", folder, set_aside(folder))
-            folder.mkdir(parents=True, exist_ok=True)
+        make_way(folder, resuming=resume is not None)
         run = _Run(method, config, asked, corpus, validation, folder, resume, on_step)
         try:
             run.go()

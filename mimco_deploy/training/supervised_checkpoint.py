@@ -19,10 +19,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mimco_deploy.atomic import current_dir, staged_dir
+from mimco_deploy.atomic import current_dir
 from mimco_deploy.errors import CheckpointError
 from mimco_deploy.preprocess import CropMode, Interpolation
 from mimco_deploy.training.backbone import CROP_SHARE, Backbone, save_as_timm
+from mimco_deploy.training.checkpoint import written_whole
 from mimco_deploy.training.finetune_config import FinetuneConfig, LinearConfig
 from mimco_deploy.training.settings import from_document, to_document
 
@@ -109,7 +110,7 @@ def save_run(
     }
     encoder = method.encoder
     assert isinstance(encoder, Backbone)
-    with staged_dir(folder) as staging:
+    with written_whole(folder) as staging:
         (staging / "state.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         (staging / "classes.json").write_text(json.dumps(classes, indent=2) + "\n", encoding="utf-8")
         save_file(method.state_dict(), staging / "model.safetensors")
@@ -147,7 +148,7 @@ def _save_encoder(encoder: Backbone, pooling: str, folder: Path) -> None:
     plain_vit = type(encoder.body).__name__ == "VisionTransformer"
     if pooling == "mean" and not plain_vit and encoder.own_pooling != "mean":
         return
-    save_as_timm(encoder, folder)
+    save_as_timm(encoder, folder, encoder.licence)
     if pooling == "mean" and plain_vit:
         path = folder / "config.json"
         document = json.loads(path.read_text(encoding="utf-8"))

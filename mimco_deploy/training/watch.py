@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -71,10 +72,14 @@ class Watch:
 
     def alarm(self, error: TrainingError) -> TrainingError:
         """Keep the batch of the step that went wrong, say so in the report, and give the error with where it is."""
-        path = self._keep_batch(error.step)
+        try:
+            path = self._keep_batch(error.step)
+            kept = f"its batch is in {path}"
+        except (OSError, SafetensorError) as failed:  # which must not hide what went wrong first
+            kept = f"its batch could not be kept: {failed}"
         self._look(error.step + 1)  # steps done; after the last good look, which stays
-        self._write(f"ended at step {error.step:,}", alarm=f"{error}. Its batch is in {path.name}.")
-        return TrainingError(f"{error.found} (its batch is in {path})", expected=error.expected, step=error.step)
+        self._write(f"ended at step {error.step:,}", alarm=f"{error}; {kept}")
+        return TrainingError(f"{error.found} ({kept})", expected=error.expected, step=error.step)
 
     def _write(self, progress: str, alarm: str = "") -> None:
         name = self._config.backbone.name

@@ -155,7 +155,7 @@ def test_an_unknown_preset_or_setting_is_answered_with_known_ones(tmp_path: Path
         mimco(tmp_path, *start, "--preset", "vit_huge"), "vit_huge", "expected one of swin_tiny, vit_base, vit_small"
     )
     refused(mimco(tmp_path, *start, "--set", "run.epoch=3"), "no setting run.epoch;", "nearest run.epochs")
-    refused(mimco(tmp_path, *start, "--set", "run.epochs=three"), "run.epochs=three", "int")
+    refused(mimco(tmp_path, *start, "--set", "run.epochs=three"), "run.epochs=three", "a whole number")
 
 
 def test_a_query_that_is_no_picture_is_refused(tmp_path: Path) -> None:

@@ -264,7 +264,7 @@ def test_a_crash_while_writing_keeps_the_old_checkpoint(last: Path, monkeypatch:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(CheckpointError, match="No space left"):
         save_checkpoint(last, method, optimizer, config, **{**STATE, "step": 4})
     assert read_checkpoint(last).step == 3
     assert_same_state(read_checkpoint(last).load_model(), before)

@@ -74,7 +74,7 @@ def draw_classes(folder: Path, per_kind: int, first: int = 0) -> Path:
 
 def save_encoder(folder: Path, backbone: BackboneConfig = BACKBONE) -> Path:
     torch.manual_seed(5)
-    save_as_timm(Backbone(backbone), folder)
+    save_as_timm(Backbone(backbone), folder, "unstated")
     return folder
 
 
@@ -391,11 +391,12 @@ def test_a_picture_that_stands_in_for_a_broken_one_keeps_its_own_class(tmp_path:
 
 def test_accuracy_counts_over_all_pictures_and_a_broken_one_is_a_miss(tmp_path: Path) -> None:
     for number in range(7):
-        (tmp_path / f"class{number}").mkdir()
-        Image.new("RGB", (20, 20), (30 * number, 0, 0)).save(tmp_path / f"class{number}/one.png")
-    (tmp_path / "class6/broken.png").write_bytes(b"no picture")
-    data = DataConfig(sources=(str(tmp_path),), max_bad_share=0.5)
-    corpus, validation = load_labelled(data, (str(tmp_path),), 8)
+        (tmp_path / f"val/class{number}").mkdir(parents=True)
+        Image.new("RGB", (20, 20), (30 * number, 0, 0)).save(tmp_path / f"val/class{number}/one.png")
+    (tmp_path / "val/class6/broken.png").write_bytes(b"no picture")
+    shutil.copytree(tmp_path / "val", tmp_path / "train")
+    data = DataConfig(sources=(str(tmp_path / "train"),), max_bad_share=0.5)
+    corpus, validation = load_labelled(data, (str(tmp_path / "val"),), 8)
     assert len(corpus.classes) == 7
     assert len(validation.pictures) == 8
 
@@ -446,6 +447,19 @@ def test_classes_that_differ_are_refused_with_one_line(tmp_path: Path, here: Pat
     )
     refuse(here / "train", tmp_path / "fewer", "--val lacks classes of --data: 1, such as checks")
     refuse(tmp_path / "fewer", tmp_path / "fewer", "--data has one class, rings; expected two")
+
+
+def test_pictures_on_both_sides_are_refused_however_they_are_named(tmp_path: Path, here: Path) -> None:
+    (tmp_path / "link").symlink_to(here / "train")
+    refuse(here / "train", tmp_path / "link", r"24 pictures are in --data and in --val, such as one in .*/train/")
+
+
+def test_an_augmentation_that_timm_would_silently_make_another_is_refused() -> None:
+    for name in ("rand-bogus", "rand-m9-mstd", "auto-m9"):
+        with pytest.raises(ConfigError, match=f"views.rand_augment {name}; expected timm's name of one"):
+            FinetuneViewsConfig(rand_augment=name)
+    for name in ("", "rand-m9-mstd0.5-inc1", "rand-m6-n4-mstd1.0", "rand-mstd1-tweights"):
+        FinetuneViewsConfig(rand_augment=name)
 
 
 def test_pictures_without_a_class_are_refused_with_one_line(tmp_path: Path, here: Path) -> None:

@@ -11,9 +11,10 @@ import torch
 from click.testing import CliRunner
 
 from mimco_deploy.cli import main
-from mimco_deploy.errors import ConfigError, DataError
+from mimco_deploy.errors import ConfigError, DataError, MimcoError
 from mimco_deploy.training import plan as planning
 from mimco_deploy.training.plan import MIB, DoesNotFitError, Plan, fit_accumulation, fit_to_memory, plan_run
+from mimco_deploy.training.stages import train_stage1
 from tests.unit.training.small import BACKBONE, draw_photos, every_method, stage1_config
 
 
@@ -68,6 +69,25 @@ def test_activations_computed_again_take_less_memory(photos: Path) -> None:
     config = dataclasses.replace(stage1_config(photos), backbone=deep)
     again = dataclasses.replace(config, run=dataclasses.replace(config.run, grad_checkpointing=True))
     assert plan_run(again).image_mib < 0.5 * plan_run(config).image_mib
+
+
+def test_what_the_run_would_refuse_the_plan_refuses(photos: Path) -> None:
+    config = stage1_config(photos, accumulate=3)
+    with pytest.raises(ConfigError, match=r"run.global_batch_size 8 over 1 processes × 3 micro-batches"):
+        plan_run(config)
+    config = dataclasses.replace(stage1_config(photos), start_from=str(photos / "nowhere"))
+    with pytest.raises(MimcoError, match="nowhere"):
+        plan_run(config)
+
+
+def test_a_run_that_is_there_is_not_in_the_way_of_a_plan(photos: Path, tmp_path: Path) -> None:
+    train_stage1(stage1_config(photos, epochs=1), tmp_path / "space" / "stage1")
+    before = sorted(path.name for path in (tmp_path / "space").iterdir())
+    options = ["--data", str(photos), "--preset", "vit_tiny_debug", "--batch-size", "8", "--grad-accum", "auto"]
+    shown = CliRunner().invoke(main, ["--workspace", str(tmp_path / "space"), "train", "stage1", *options, "--plan"])
+    assert shown.exit_code == 0, shown.output
+    assert "micro-batch  8 images × 1" in shown.output
+    assert sorted(path.name for path in (tmp_path / "space").iterdir()) == before
 
 
 def test_a_plan_writes_nothing_and_wants_pictures(tmp_path: Path) -> None:

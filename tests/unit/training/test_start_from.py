@@ -197,3 +197,42 @@ def test_a_run_goes_on_from_a_checkpoint_of_ours(tmp_path: Path, photos: Path) -
     ours = load_encoder(read_checkpoint(tmp_path / "stage2" / "last"))[0].state_dict()
     theirs = load_encoder(read_checkpoint(last))[0].state_dict()
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_the_folder_for_timm_tells_all_licences_behind_the_weights(photos: Path, tmp_path: Path) -> None:
+    """It is what others load, and what a next run starts from: a permissive start does not free a bound teacher's."""
+    teacher, start = write_vit(tmp_path / "nc"), write_vit(tmp_path / "free", "apache-2.0")
+    config = dataclasses.replace(stage2_config(photos, teacher), start_from=str(start))
+    backbone = dataclasses.replace(config.backbone, **SAME)
+    train_stage2(dataclasses.replace(config, backbone=backbone), tmp_path / "run")
+    document = json.loads((tmp_path / "run" / "last" / "timm" / "config.json").read_text(encoding="utf-8"))
+    assert document["pretrained_cfg"]["license"] == f"{NC} and apache-2.0"
+    again, _ = load_teacher(str(tmp_path / "run" / "last" / "timm"))
+    assert again.licence == f"{NC} and apache-2.0"
+
+
+def test_a_start_that_is_asked_for_twice_is_refused(photos: Path, tmp_path: Path) -> None:
+    start = str(write_vit(tmp_path / "nc"))
+    shared: dict[str, Any] = {"data": (photos,), "teacher": start, "start_from": start}
+    for flag, name in ((True, "--init-from-teacher"), (False, "--init-at-random")):
+        with pytest.raises(ConfigError, match=rf"--start-from with {name}; expected one of them"):
+            open_stage2(tmp_path / "2", tmp_path / "1", Request(**shared, init_from_teacher=flag))
+    with pytest.raises(ConfigError, match=r"--start-from with method.init_from_teacher"):
+        open_stage2(tmp_path / "2", tmp_path / "1", Request(**shared, settings=("method.init_from_teacher=true",)))
+
+
+def test_a_flag_of_mimcos_is_named_where_another_method_has_no_use_for_it(photos: Path, tmp_path: Path) -> None:
+    request = Request(data=(photos,), teacher=str(write_vit(tmp_path / "nc")), method="fd", init_from_teacher=False)
+    with pytest.raises(ConfigError, match=r"--init-at-random with --method fd; expected --method mimco"):
+        open_stage2(tmp_path / "2", tmp_path / "1", request)
+
+
+def test_a_student_can_start_as_a_teacher_with_another_normalisation(photos: Path, tmp_path: Path) -> None:
+    """As most published ones have, and what presets for small machines do unasked."""
+    request = Request(data=(photos,), teacher=str(write_vit(tmp_path / "nc")), init_from_teacher=True, epochs=1)
+    config, _ = open_stage2(tmp_path / "2", tmp_path / "1", request)
+    assert (config.backbone.mean, config.backbone.std) == (SAME["mean"], SAME["std"])
+    mask = dataclasses.replace(config.mask, mask_patch_size_px=4)
+    train_stage2(dataclasses.replace(config, mask=mask), tmp_path / "2")
+    encoder, _ = load_encoder(read_checkpoint(tmp_path / "2" / "last"))
+    assert encoder.config.mean == SAME["mean"]
