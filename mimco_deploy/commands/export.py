@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from mimco_deploy.export.pipeline import Exported
     from mimco_deploy.serving.trt import Flavour
 
+_MAX_SIDE_PX = 2048
+"""A proof embeds 32 pictures at once, which take several GiB there; a bundle's golden pictures end at 3344 px."""
+
 
 class _Numbers(click.ParamType):  # type: ignore[type-arg]  # generic in newer clicks only
     """Whole numbers with commas between them.
@@ -59,7 +62,9 @@ class _Numbers(click.ParamType):  # type: ignore[type-arg]  # generic in newer c
 )
 @click.option("--checkpoint", type=Folder, help="What to export.  [default: the workspace's stage 2]")
 @click.option("--model", metavar="SOURCE", help="Export timm/NAME instead, a folder of timm's or a file of weights.")
-@click.option("--image-size", type=click.IntRange(min=1), help="Side of the input in px.  [default: as trained]")
+@click.option(
+    "--image-size", type=click.IntRange(1, _MAX_SIDE_PX), help="Side of the input in px.  [default: as trained]"
+)
 @click.option("--with-patches", is_flag=True, help="Give the patch tokens as a second output.")
 @click.option(
     "--check", type=Folder, help="Prove neighbours on pictures of this folder, and calibrate int8 with others."
@@ -107,6 +112,8 @@ def export(
     """
     if options["checkpoint"] is not None and options["model"] is not None:
         raise click.UsageError("--checkpoint and --model are two sources; give one.")
+    if options["model"] == "":
+        raise click.UsageError("--model is empty; give timm/NAME, a folder of timm's or a file of weights.")
     folder = output or workspace.encoder
     engine = {name: options.pop(name) for name in ("profile", "workspace_mib", "compute_capability", "emit_trtexec")}
     if target == "onnx" and triton is not None and is_archive(folder):

@@ -89,12 +89,14 @@ def check_parity(encoder: Encoder, golden: Golden, pictures: Pictures) -> Artefa
     Raises:
         ParityError: something is outside the tolerance of the precision; says what and by how much.
     """
-    batches = []
+    precision, batches, errors = encoder.precision, [], []
     for size in BATCH_SIZES:
-        found = compare(_in_batches(encoder, golden.images, size), golden.embeddings)
+        embeddings = _in_batches(encoder, golden.images, size)
+        errors.append(np.abs(embeddings - golden.embeddings).max(axis=1))
+        found = compare(embeddings, golden.embeddings)
         batches.append(BatchParity(size, found.max_abs, found.min_cosine))
-    neighbours = compare(_in_batches(encoder, pictures.images, MAX_BATCH), pictures.embeddings)
-    precision = encoder.precision
+    embeddings = _in_batches(encoder, pictures.images, MAX_BATCH)
+    neighbours = compare(embeddings, pictures.embeddings)
     report = ArtefactParity(
         precision, encoder.provider, TOLERANCES[precision], tuple(batches), pictures.origin, neighbours
     )
@@ -104,8 +106,11 @@ def check_parity(encoder: Encoder, golden: Golden, pictures: Pictures) -> Artefa
         if not cosine >= TOLERANCES[precision].min_cosine:
             breaches.append(f"patch tokens have cosine {cosine:.6f} (at least {TOLERANCES[precision].min_cosine})")
     if breaches:
+        worst = [*np.max(errors, axis=0), *np.abs(embeddings - pictures.embeddings).max(axis=1)]
+        far = sum(not error <= TOLERANCES[precision].max_abs for error in worst)
         raise ParityError(
-            f"the {precision} graph is not what torch computes, on {encoder.provider}: {', '.join(breaches)}",
+            f"the {precision} graph is not what torch computes, on {encoder.provider}: {', '.join(breaches)}; "
+            f"{far} of {len(worst)} pictures by more than {TOLERANCES[precision].max_abs:.0e}",
             expected="the tolerance of its precision",
         )
     return report

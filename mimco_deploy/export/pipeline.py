@@ -33,7 +33,7 @@ from mimco_deploy.bundle import (
     write_golden,
 )
 from mimco_deploy.bundle_archive import is_archive, pack
-from mimco_deploy.errors import BundleError, ConfigError, ParityError
+from mimco_deploy.errors import BundleError, CheckpointError, ConfigError, ParityError
 from mimco_deploy.export.card import bundle_licence, model_card
 from mimco_deploy.export.half import to_half
 from mimco_deploy.export.parity import (
@@ -46,7 +46,7 @@ from mimco_deploy.export.parity import (
     write_parity,
 )
 from mimco_deploy.export.quantize import quantize
-from mimco_deploy.export.student import EncoderModule, Source, fingerprint, try_out
+from mimco_deploy.export.student import EncoderModule, Source, fingerprint, resize
 from mimco_deploy.export.to_onnx import OPSET, convert
 from mimco_deploy.serving.agreement import MIN_PICTURES
 from mimco_deploy.serving.encoders.onnx import OnnxEncoder
@@ -135,7 +135,9 @@ def export_encoder(source: Source, target: Path, options: ExportOptions | None =
         options: see there.
 
     Raises:
-        ConfigError: the architecture is not of that size, or cannot be exported; no pictures to check with.
+        ConfigError: the architecture is not of that size, gives no square of patches, or cannot be exported; no
+            pictures to check with.
+        CheckpointError: the embeddings are not finite.
         ParityError: the fp32 graph does not answer as torch does.
     """
     options = options or ExportOptions()
@@ -174,8 +176,7 @@ def _refuse_what_is_no_bundle(target: Path) -> None:
 def _export(source: Source, target: Path, older: Path, options: ExportOptions) -> Exported:
     """Write the folder `target`, with what the bundle `older` has of the same encoder."""
     if options.image_size_px is not None:
-        source.backbone.resize(options.image_size_px)
-        try_out(source.backbone, f"{source.backbone.config.name} at {options.image_size_px} px")
+        resize(source.backbone, options.image_size_px)
     module = EncoderModule(source.backbone, source.pooling, with_patches=options.with_patches)
     material = _Material.gather(module, options)
     spec = _describe(module, source, options.licence, material.golden)
@@ -214,7 +215,9 @@ class _Material:
     def gather(cls, module: EncoderModule, options: ExportOptions) -> _Material:
         config, geometry = module.backbone.config, module.backbone.geometry
         side = config.image_size_px
-        golden = draw_pictures(GOLDEN_PICTURES, side, *geometry)  # drawn: no picture of the user's leaves in the bundle
+        drawn = draw_pictures(GOLDEN_PICTURES, side, *geometry)  # drawn: no picture of the user's leaves in the bundle
+        golden = Golden(drawn, _embed(module, drawn))
+        tokens = _patch_tokens(module, drawn[:PATCH_PICTURES]) if module.with_patches else None
         calibration = None
         if options.check is None:
             origin, pictures = "drawn", draw_pictures(DRAWN_PICTURES, side, *geometry, seed=0)
@@ -229,18 +232,30 @@ class _Material:
             kept = spare if "int8" in options.precisions else 0
             origin, pictures = "folder", sample[kept:][:CHECK_PICTURES]  # never those it was calibrated on
             calibration = sample[:kept] if kept else None
-        tokens = None
-        if module.with_patches:
-            with torch.inference_mode():
-                tokens = module(torch.from_numpy(golden[:PATCH_PICTURES]))[1].numpy()
-        checked = Pictures(origin, pictures, _embed(module, pictures), tokens)
-        return cls(Golden(golden, _embed(module, golden)), checked, calibration)
+        return cls(golden, Pictures(origin, pictures, _embed(module, pictures), tokens), calibration)
 
 
 def _embed(module: EncoderModule, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
     with torch.inference_mode():
         batches = [module(torch.from_numpy(images[start : start + 8])) for start in range(0, len(images), 8)]
-    return np.concatenate([(batch[0] if module.with_patches else batch).numpy() for batch in batches])
+    embeddings = np.concatenate([(batch[0] if module.with_patches else batch).numpy() for batch in batches])
+    if not np.isfinite(embeddings).all():
+        broken = (name for name, value in module.backbone.body.state_dict().items() if not value.isfinite().all())
+        cause = next((f"nor is its weight {name}" for name in broken), "though all its weights are")
+        raise CheckpointError(f"the model's embeddings are not finite, {cause}", expected="weights of a sound model")
+    return embeddings
+
+
+def _patch_tokens(module: EncoderModule, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    with torch.inference_mode():
+        tokens: npt.NDArray[np.float32] = module(torch.from_numpy(images))[1].numpy()
+    name, grid = module.backbone.config.name, module.backbone.grid
+    if tokens.shape[1] != grid**2:
+        raise ConfigError(
+            f"{name} gives {tokens.shape[1]} tokens",
+            expected=f"{grid}² = {grid**2} for --with-patches, which is not possible for it: leave it out",
+        )
+    return tokens
 
 
 def _describe(module: EncoderModule, source: Source, licence: str | None, golden: Golden) -> EncoderSpec:

@@ -12,12 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mimco_deploy.errors import CheckpointError
+from mimco_deploy.errors import CheckpointError, ConfigError
 from mimco_deploy.training.augment import ToInput
 from mimco_deploy.training.backbone import Backbone, weights_hash
 from mimco_deploy.training.checkpoint import Checkpoint, is_checkpoint, load_encoder, read_checkpoint
 from mimco_deploy.training.method_config import Pooling
 from mimco_deploy.training.published import load_teacher
+
+_FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, AssertionError)
+"""What architectures raise for an input that is not theirs."""
 
 
 class EncoderModule(nn.Module):
@@ -99,7 +102,7 @@ def from_model(name: str) -> Source:
             f"{name} lies in a checkpoint of mimco's", expected=f"--checkpoint {path.parent}, or a copy elsewhere"
         )
     backbone, pooling = load_teacher(name, to_train=False)
-    try_out(backbone, name)
+    _try_out(backbone, name)
     return Source(backbone, pooling, path.resolve().name if path.exists() else name)
 
 
@@ -111,19 +114,41 @@ def _is_of_a_stage(folder: Path) -> bool:
     return True
 
 
-def try_out(backbone: Backbone, name: str) -> None:
-    """Encode one black image: architectures of timm differ in more ways than their descriptions tell.
+def resize(backbone: Backbone, image_size_px: int) -> None:
+    """Make an encoder take pictures of another size.
 
     Raises:
-        CheckpointError: it cannot be encoded.
+        ConfigError: the architecture does not take that size.
     """
-    side = backbone.config.image_size_px
+    own, name, body = backbone.config.image_size_px, backbone.config.name, backbone.body
+    if image_size_px == own:
+        return
+    expected = f"{own} px, its own: leave --image-size out"
+    if hasattr(body, "patch_embed") and not hasattr(body, "set_input_size"):
+        raise ConfigError(f"{name} at {image_size_px} px: mimco builds it at its own size only", expected=expected)
     try:
-        with torch.inference_mode():
-            backbone.eval()(torch.zeros(1, 3, side, side))
-    except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{name} as an encoder: {reason}", expected="a model that gives one map") from error
+        backbone.resize(image_size_px)
+        _encode_one(backbone)
+    except _FAILURES as error:
+        raise ConfigError(f"{name} does not take {image_size_px} px: {_line(error)}", expected=expected) from error
+
+
+def _try_out(backbone: Backbone, name: str) -> None:
+    try:
+        _encode_one(backbone)
+    except _FAILURES as error:
+        raise CheckpointError(f"{name} as an encoder: {_line(error)}", expected="a model that gives one map") from error
+
+
+def _encode_one(backbone: Backbone) -> None:
+    """A black image: architectures of timm differ in more ways than their descriptions tell."""
+    side = backbone.config.image_size_px
+    with torch.inference_mode():
+        backbone.eval()(torch.zeros(1, 3, side, side))
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def fingerprint(module: EncoderModule) -> str:

@@ -7,12 +7,16 @@ decoder or a queue; any other is an error that lists it.
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import json
 import logging
 import math
 import re
+import textwrap
 import typing
 from collections import OrderedDict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,6 +103,8 @@ def load_teacher(source: str, *, to_train: bool = True) -> tuple[Backbone, Pooli
         return load_encoder(read_checkpoint(path))
     elif path.is_dir():
         backbone = load_from_timm(f"local-dir:{path}", to_train=to_train)
+    elif not path.exists() and timm.is_model(source):
+        raise CheckpointError(f"no file {source}", expected=f"timm/{source}, if timm's model is meant")
     else:
         backbone = load_published(path)
     return backbone, backbone.own_pooling
@@ -130,7 +136,10 @@ def load_published(path: Path) -> Backbone:
         backbone = Backbone(config)
     except (KeyError, ValueError, IndexError, ConfigError) as error:
         expected = "a ViT or Swin in the layout of MoCo v3, MoBY, SimMIM (Swin), DINO, MAE or DeiT"
-        raise CheckpointError(f"{path}: as a {layout.name} file, {error}", expected=expected) from error
+        if (path.parent / "config.json").is_file():
+            expected = f"{path.parent}, the folder, if timm wrote it; or {expected}"
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise CheckpointError(f"{path}: as a {layout.name} file, {reason}", expected=expected) from error
     if config.name.startswith("swin"):
         encoder = _as_timms_swin(encoder)
     load_strictly(backbone.body, encoder, path)
@@ -151,44 +160,98 @@ def load_from_timm(name: str, *, to_train: bool = True) -> Backbone:
     Raises:
         CheckpointError: timm does not know the model, cannot reach its weights, or mimco cannot build it again.
     """
+    shown = name.removeprefix("local-dir:")
+    document = _read_config(Path(shown)) if shown != name else None
     try:
-        body: Any = timm.create_model(name, pretrained=True, num_classes=0)
+        with _keys_that_matter():
+            body: Any = timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:  # the hub, the network, files and timm each have errors of their own
         reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(
-            f"timm cannot load {name}: {reason}", expected="a model of timm whose weights can be reached"
-        ) from error
+        expected = _weights_like(name) if document is None else "a config.json and whole weights of one model of timm's"
+        raise CheckpointError(f"timm cannot load {shown}: {reason}", expected=expected) from error
+    config = _describe(body, shown)
     try:
-        backbone = Backbone(_describe(body), body=None if to_train else body)
+        backbone = Backbone(config, body=None if to_train else body)
     except ConfigError as error:
-        raise CheckpointError(f"{name} of timm: {error}", expected="a model that mimco can build again") from error
+        raise CheckpointError(f"{shown}: {error.found}", expected="a model that mimco can build again") from error
     if to_train:
-        load_strictly(backbone.body, body.state_dict(), Path(name))
+        load_strictly(backbone.body, body.state_dict(), Path(shown))
     backbone.licence = body.pretrained_cfg.get("license") or UNSTATED
-    backbone.geometry = _geometry(name, body.pretrained_cfg)
-    backbone.built_with = _built_with(name)
+    backbone.geometry = _geometry(shown, body.pretrained_cfg)
+    if document is not None:  # arguments can change an architecture in ways that no weight shows
+        backbone.built_with = json.dumps([document.get("model_args"), document.get("global_pool")], sort_keys=True)
     return backbone
 
 
-def _built_with(name: str) -> str:
-    """The arguments in a folder of timm's, which can change an architecture in ways that no weight shows."""
-    if not name.startswith("local-dir:"):
-        return ""
-    document = json.loads((Path(name.removeprefix("local-dir:")) / "config.json").read_text(encoding="utf-8"))
-    return json.dumps([document.get("model_args"), document.get("global_pool")], sort_keys=True)
+def _read_config(folder: Path) -> dict[str, Any]:
+    """What a folder of timm's says of its model; it names an architecture that timm has."""
+    path = folder / "config.json"
+    try:
+        document: Any = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"no {path}", expected="a folder that timm wrote") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}", expected="JSON, as timm writes it") from error
+    if not isinstance(document, dict) or not isinstance(document.get("architecture"), str):
+        raise CheckpointError(f"{path} names no architecture", expected="a folder that timm wrote")
+    name = document["architecture"]
+    if not timm.is_model(name):
+        expected = f"one of timm's{_such_as(name, timm.list_models())}"
+        raise CheckpointError(f"{path} names the architecture {name}", expected=expected)
+    return document
+
+
+def _weights_like(name: str) -> str:
+    """What to ask timm for in place of a name that it could not load."""
+    if ":" in name or timm.is_model_pretrained(name):
+        return "a model of timm whose weights can be reached"
+    tagged = timm.list_models(pretrained=True)
+    return f"a model that timm has weights of{_such_as(name, {*tagged, *(known.split('.')[0] for known in tagged)})}"
+
+
+def _such_as(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known))
+    return f", such as {', '.join(near)}" if near else ""
+
+
+@contextlib.contextmanager
+def _keys_that_matter() -> Iterator[None]:
+    """Of what timm says of keys: nothing of a head's that are left over, and a warning of those that are missing."""
+
+    def is_news(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        if missing := re.match(r"Missing keys \((.*?)\)", text):
+            listed = textwrap.shorten(missing[1], 200, placeholder=" …")
+            logger.warning("there are no weights for %s, which stay random", listed)
+        surplus = re.match(r"Unexpected keys \((.*?)\)", text)
+        heads = surplus and all(re.match(r"(head|classifier|fc)\w*\.", key) for key in surplus[1].split(", "))
+        return record.levelno >= logging.WARNING and not heads
+
+    builder = logging.getLogger("timm.models._builder")
+    level = builder.level
+    builder.addFilter(is_news)
+    builder.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        builder.setLevel(level)
+        builder.removeFilter(is_news)
 
 
 def _geometry(name: str, cfg: dict[str, Any]) -> Geometry:
     """How timm prepares pictures for a model."""
+    share = cfg.get("crop_pct") or CROP_SHARE
     mode: Any = cfg.get("crop_mode") or "center"
     interpolation: Any = cfg.get("interpolation") or "bicubic"
+    if not (isinstance(share, int | float) and 0 < share <= 1):
+        raise CheckpointError(f"{name} has a crop_pct of {share} in its config", expected="a share above 0, at most 1")
     if mode not in typing.get_args(CropMode):
-        logger.warning("timm shows %s pictures by %s; mimco crops their centre", name, mode)
+        logger.warning("the config of %s says crop_mode %s; mimco crops the centre", name, mode)
         mode = "center"
     if interpolation not in typing.get_args(Interpolation):
-        logger.warning("timm resizes for %s by %s; mimco by bicubic", name, interpolation)
+        logger.warning("the config of %s says interpolation %s; mimco resizes by bicubic", name, interpolation)
         interpolation = "bicubic"
-    return Geometry(cfg.get("crop_pct") or CROP_SHARE, interpolation, mode)
+    return Geometry(share, interpolation, mode)
 
 
 class _Inert:
@@ -297,12 +360,16 @@ def _as_timms_swin(state: State) -> State:
     }
 
 
-def _describe(body: Any) -> BackboneConfig:
+def _describe(body: Any, name: str) -> BackboneConfig:
     """The config of a model that timm built; sizes of the families that can be built in other sizes."""
     cfg = body.pretrained_cfg
+    if not hasattr(body, "num_features"):
+        raise CheckpointError(f"{name} gives several maps", expected="one map: model_args without features_only")
+    if (channels := cfg["input_size"][0]) != 3:
+        raise CheckpointError(f"{name} takes {channels} channel{'s' * (channels > 1)}", expected="3 (RGB)")
     side = getattr(getattr(body, "patch_embed", None), "img_size", None) or cfg["input_size"][1:]
     if side[0] != side[-1]:
-        raise ConfigError(f"it takes pictures of {side[-1]} × {side[0]} px", expected="square ones")
+        raise CheckpointError(f"{name} takes pictures of {side[-1]} × {side[0]} px", expected="square ones")
     sizes: dict[str, Any] = {}
     if isinstance(body, SwinTransformer):
         stages: Any = body.layers
@@ -323,7 +390,16 @@ def _describe(body: Any) -> BackboneConfig:
         name=cfg["architecture"],
         image_size_px=side[0],
         global_pool=pool,
-        mean=tuple(cfg["mean"]),
-        std=tuple(cfg["std"]),
+        mean=_of_channels(cfg, "mean", name),
+        std=_of_channels(cfg, "std", name),
         **sizes,
     )
+
+
+def _of_channels(cfg: dict[str, Any], statistic: str, name: str) -> tuple[float, float, float]:
+    """A statistic of the input; one value is meant for all three channels, as timm takes it."""
+    values = tuple(cfg[statistic])
+    if len(values) not in (1, 3):
+        raise CheckpointError(f"{name} has {len(values)} values of {statistic}", expected="1, or 3 (RGB)")
+    first, second, third = values * (3 // len(values))
+    return first, second, third

@@ -18,6 +18,7 @@ from timm.models import save_for_hf
 from mimco_deploy.bundle import read_bundle
 from mimco_deploy.drawings import KINDS, draw
 from mimco_deploy.errors import CheckpointError, ConfigError
+from mimco_deploy.export import pipeline
 from mimco_deploy.export.pipeline import ExportOptions, export_encoder
 from mimco_deploy.export.student import EncoderModule, fingerprint, from_model
 from mimco_deploy.preprocess import preprocess, read_pixels
@@ -167,6 +168,47 @@ def test_a_size_that_no_patch_tiles_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="whole number of tokens"):
         export_encoder(from_model(str(tmp_path / "timm")), tmp_path / "encoder", ExportOptions(image_size_px=50))
     assert not (tmp_path / "encoder").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "message"),
+    [
+        ("pvt_v2_b0", 128, "at 128 px: mimco builds it at its own size only; expected 224 px"),
+        ("pvt_v2_b0", 100, "at 100 px: mimco builds it at its own size only; expected 224 px"),
+        ("levit_128s", 128, "does not take 128 px: .*; expected 224 px, its own: leave --image-size out"),
+    ],
+)
+def test_a_size_that_a_model_does_not_take_is_answered_with_its_own(
+    tmp_path: Path, name: str, side: int, message: str
+) -> None:
+    save_for_hf(timm.create_model(name, num_classes=0), str(tmp_path / "timm"))
+    with pytest.raises(ConfigError, match=message):
+        export_encoder(from_model(str(tmp_path / "timm")), tmp_path / "e", ExportOptions(image_size_px=side))
+
+
+def test_patches_that_make_no_square_are_refused_before_the_conversion(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CoaT counts its CLS token among them."""
+    monkeypatch.delattr(pipeline, "convert")
+    save_for_hf(timm.create_model("coat_lite_tiny", num_classes=0), str(tmp_path / "timm"))
+    with pytest.raises(ConfigError, match=r"coat_lite_tiny gives 50 tokens; expected 7² = 49 for --with-patches"):
+        export_encoder(from_model(str(tmp_path / "timm")), tmp_path / "e", ExportOptions(with_patches=True))
+
+
+@pytest.mark.parametrize("broken", [0.0, float("nan")])
+def test_weights_that_are_no_numbers_are_named_before_the_conversion(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: float
+) -> None:
+    monkeypatch.delattr(pipeline, "convert")
+    model = folder_of("resnet10t", tmp_path / "timm")
+    model.layer1[0].conv1.weight.data[0] = broken
+    save_for_hf(model, str(tmp_path / "timm"))
+    error, message = (
+        (CheckpointError, r"nor is its weight layer1\.0\.conv1\.weight") if broken else (NameError, "convert")
+    )
+    with pytest.raises(error, match=message):
+        export_encoder(from_model(str(tmp_path / "timm")), tmp_path / "e")
 
 
 def test_a_model_that_gives_several_maps_is_refused_by_name(tmp_path: Path) -> None:
