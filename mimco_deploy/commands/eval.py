@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mimco_deploy.commands.common import AnyPath, device_option, extra, json_option, print_json, say_if_shipped
+from mimco_deploy.commands.common import (
+    AnyPath,
+    device_option,
+    extra,
+    json_option,
+    new_page,
+    print_json,
+    say_if_shipped,
+)
 from mimco_deploy.errors import plain
 from mimco_deploy.shipped import encoder_of
 from mimco_deploy.workspace import Workspace
@@ -55,7 +63,12 @@ if TYPE_CHECKING:
     type=click.IntRange(min=2),
     help="Take about so many of PICTURES, and of --train, of each class its share.",
 )
-@click.option("--report", type=click.Path(path_type=Path, dir_okay=False), help="Write a page with plots there, too.")
+@click.option(
+    "--report",
+    type=click.Path(path_type=Path, dir_okay=False),
+    callback=new_page,
+    help="Write a page with plots there, too.",
+)
 @click.option(
     "--encoder",
     type=AnyPath,
@@ -99,13 +112,16 @@ def eval_(
         raise click.UsageError(
             "--ground-truth says what is measured; of the other options it takes --encoder, --device and -k."
         )
+    recall_ks = tuple(dict.fromkeys(recall_ks))
     to_evaluate = find_pictures(map(str, pictures))
     if ground_truth:
         _revisited(workspace, encoder, device, ground_truth, to_evaluate, recall_ks, as_json)
         return
     to_evaluate = sample(to_evaluate, limit)
-    if compare:
-        check_enough(len(to_evaluate))  # before hours of work, not after
+    if compare:  # before hours of work, not after
+        check_enough(len(to_evaluate))
+        for path in compare:
+            _check_readable(path)
     voters = sample(find_pictures(map(str, train)), limit) if train else []
     found = [
         _evaluate(workspace, path, device, to_evaluate, voters, protocols, recall_ks)
@@ -141,16 +157,33 @@ def _evaluate(
         )
 
 
+def _check_readable(path: Path) -> None:
+    """Refuse what is neither a bundle nor a checkpoint, or a broken one, without loading it."""
+    if _is_checkpoint(path):
+        with extra("export"):
+            from mimco_deploy.training.checkpoint import read_checkpoint
+        read_checkpoint(path)
+        return
+    from mimco_deploy.bundle import read_bundle
+
+    read_bundle(path)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    from mimco_deploy.bundle import SPEC_FILE
+    from mimco_deploy.bundle_archive import is_archive
+
+    return path.is_dir() and not is_archive(path) and not (path / SPEC_FILE).is_file()
+
+
 @contextlib.contextmanager
 def _loaded(workspace: Workspace, path: Path | None, device: Device) -> Iterator[tuple[str, Encoder]]:
     """The encoder of a bundle; a checkpoint is exported first, so that what is measured is what would ship."""
-    from mimco_deploy.bundle import SPEC_FILE
-    from mimco_deploy.bundle_archive import is_archive
     from mimco_deploy.serving.encoders import load_encoder
 
     bundle = path or encoder_of(workspace)
     say_if_shipped(bundle)
-    if is_archive(bundle) or (bundle / SPEC_FILE).is_file() or not bundle.is_dir():
+    if not _is_checkpoint(bundle):
         yield str(bundle), load_encoder(bundle, device)
         return
     with extra("export"):
@@ -191,7 +224,8 @@ def _print(found: Sequence[Evaluation], comparison: Comparison | None, as_json: 
         document: dict[str, Any] = {"encoders": [evaluation.as_document() for evaluation in found]}
         if comparison is not None:
             document["differences"] = [measure.as_row() for measure in comparison.differences]
-            document["agreement"] = {**comparison.agreement.as_row(), "by_chance": comparison.by_chance}
+            known = comparison.agreement
+            document["agreement"] = known and {**known.as_row(), "by_chance": comparison.by_chance}
         print_json(document)
         return
     for evaluation in found:
@@ -206,8 +240,8 @@ def _print(found: Sequence[Evaluation], comparison: Comparison | None, as_json: 
         for measure in comparison.differences:
             star = "*" if measure.beyond_chance else " "
             click.echo(f"{star} {measure.protocol:<10} {measure.name:<28} {_shown(measure)}")
-        agreement = comparison.agreement
-        click.echo(f"{agreement.name}: {_shown(agreement)}, by chance {comparison.by_chance:.3f}")
+        if (agreement := comparison.agreement) is not None:
+            click.echo(f"{agreement.name}: {_shown(agreement)}, by chance {comparison.by_chance:.3f}")
 
 
 def _print_measures(rows: Sequence[Sequence[Measure | None]], names: Sequence[str]) -> None:

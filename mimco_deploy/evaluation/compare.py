@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mimco_deploy.errors import EvaluationError
 from mimco_deploy.evaluation.evaluate import Evaluation
-from mimco_deploy.evaluation.label_free import NEIGHBOURS, neighbour_agreement
+from mimco_deploy.evaluation.label_free import NEIGHBOURS, check_enough, neighbour_agreement
 from mimco_deploy.evaluation.measures import Measure, difference
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -17,17 +21,17 @@ class Comparison:
 
     differences: list[Measure]
     """The second less the first, for each measure that is a mean over the same pictures."""
-    agreement: Measure
-    """Share of the ten nearest neighbours that both have in common."""
+    agreement: Measure | None
+    """Share of the ten nearest neighbours that both have in common; None where too few pictures could be read."""
     by_chance: float
-    """What they would share by chance."""
+    """What they would share by chance; NaN where that is not known."""
 
 
 def compare(first: Evaluation, second: Evaluation) -> Comparison:
     """Compare what was found of two encoders.
 
     Raises:
-        EvaluationError: they were not evaluated on the same pictures, or on too few.
+        EvaluationError: they were not evaluated on the same pictures.
     """
     names = [[picture.name for picture in found.pictures.pictures] for found in (first, second)]
     if names[0] != names[1]:
@@ -38,8 +42,18 @@ def compare(first: Evaluation, second: Evaluation) -> Comparison:
     theirs = {(measure.protocol, measure.name): measure for measure in second.measures}
     pairs = [(measure, theirs.get((measure.protocol, measure.name))) for measure in first.measures]
     differences = [found for ours, other in pairs if other is not None and (found := difference(ours, other))]
-    agreement = neighbour_agreement(first.pictures.embeddings, second.pictures.embeddings)
-    return Comparison(differences, agreement, NEIGHBOURS / (len(names[0]) - 1))
+    agreement = _agreement(first, second)
+    by_chance = math.nan if agreement is None else NEIGHBOURS / (len(names[0]) - 1)
+    return Comparison(differences, agreement, by_chance)
+
+
+def _agreement(first: Evaluation, second: Evaluation) -> Measure | None:
+    try:
+        check_enough(len(first.pictures.pictures))
+    except EvaluationError as reason:  # some could not be read; what was measured by then shall not be lost
+        logger.warning("left out: %s", reason)
+        return None
+    return neighbour_agreement(first.pictures.embeddings, second.pictures.embeddings)
 
 
 def table(found: Sequence[Evaluation]) -> list[list[Measure | None]]:

@@ -19,7 +19,7 @@ from mimco_deploy.evaluation.measures import Measure, mean_of, statistic_of
 from mimco_deploy.evaluation.pictures import BATCH, Embeddings, Tell, embed_finite
 from mimco_deploy.preprocess import preprocess
 from mimco_deploy.serving.encoders import Encoder
-from mimco_deploy.sources import Picture
+from mimco_deploy.sources import Picture, decode_reduced
 
 Rows = npt.NDArray[np.int64]
 Edit = Callable[[Image.Image, np.random.Generator], Image.Image]
@@ -101,15 +101,16 @@ EDITS: dict[str, Edit] = {
 0.6 to 1.4; blur is 1/64 of the short side; framed adds a light border of 15 % on each side, as screenshots have."""
 
 
-def edit_picture(picture: Image.Image, name: str, key: str) -> Image.Image:
-    """One edited copy, always the same for the same picture.
+def edit_picture(picture: Image.Image, name: str, key: int) -> Image.Image:
+    """One edited copy, always the same for the same picture and key.
 
     Args:
         picture: upright, RGB.
         name: one of `EDITS`.
-        key: of the picture, its name; what is random about the edit is drawn from it.
+        key: 0 or more, of the picture's content: what is random about the edit is drawn from it. A file is then edited
+            the same for every encoder, and wherever it lies.
     """
-    return EDITS[name](picture, np.random.default_rng(zlib.crc32(f"{name}\0{key}".encode("utf-8", "surrogateescape"))))
+    return EDITS[name](picture, np.random.default_rng([zlib.crc32(name.encode()), key]))
 
 
 def embed_copies(
@@ -133,8 +134,9 @@ def embed_copies(
         some = pictures[start : start + group]
         pixels = []
         for picture in some:
-            upright = picture.decode(side_px)
-            pixels += [preprocess(edit_picture(upright, name, picture.name), *spec.geometry) for name in EDITS]
+            content = picture.read()
+            upright, key = decode_reduced(content, picture.name, side_px), zlib.crc32(content)
+            pixels += [preprocess(edit_picture(upright, name, key), *spec.geometry) for name in EDITS]
         found = embed_finite(encoder, np.stack(pixels)).reshape(len(some), len(EDITS), -1)
         for number, name in enumerate(EDITS):
             rows[name].append(found[:, number])

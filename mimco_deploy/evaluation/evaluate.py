@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -23,11 +24,12 @@ from mimco_deploy.evaluation.pictures import (
     check_apart,
     check_classes,
     classes_of,
+    counted,
     embed_pictures,
 )
 from mimco_deploy.evaluation.retrieval import Retrieval, retrieval, retrieval_among
 from mimco_deploy.serving.encoders import Encoder
-from mimco_deploy.sources import Picture
+from mimco_deploy.sources import Picture, warn_of_merged_classes
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +95,8 @@ def evaluate(
         tell: gives, for what is being done, where to report progress.
 
     Raises:
-        EvaluationError: the pictures do not allow a protocol that was asked for; pictures vote and are evaluated.
+        EvaluationError: the pictures do not allow a protocol that was asked for, or none at all; pictures vote and are
+            evaluated.
         MissingExtraError: the linear probe was asked for without scikit-learn.
     """
     labelled = bool(train) or _have_classes(pictures)
@@ -101,6 +104,9 @@ def evaluate(
     if train:
         check_classes(classes, classes_of(pictures))
         check_apart(pictures, train)
+    if labelled:
+        warn_of_merged_classes(pictures)
+        warn_of_merged_classes(train)
     chosen = _choose(protocols, pictures, train, classes)
     spec = encoder.spec
     about: dict[str, str | int] = {
@@ -114,6 +120,10 @@ def evaluate(
     }
     voters = embed_pictures(encoder, train, tell("pictures that vote")) if train else None
     found = Evaluation(name, about, embed_pictures(encoder, pictures, tell("pictures")), voters, classes)
+    if classes:
+        _warn_of_lost_classes(pictures, found.pictures, "")
+    if voters is not None:
+        _warn_of_lost_classes(train, voters, " of --train")
     chosen = _still_possible(chosen, found)
     if voters is not None:
         found.measures.extend(_by_votes(chosen, found, voters, recall_ks))
@@ -128,8 +138,30 @@ def evaluate(
 
 
 def _have_classes(pictures: Sequence[Picture]) -> bool:
-    labels = {picture.label for picture in pictures}
-    return None not in labels and len(labels) > 1
+    """Whether all lie in folders of two classes or more; a warning where only some do."""
+    if len({picture.label for picture in pictures} - {None}) < 2:
+        return False
+    stray = [picture.name for picture in pictures if picture.label is None]
+    if stray:
+        logger.warning(
+            "%d of %s in no folder of a class, such as %s: measured without classes",
+            len(stray),
+            counted(len(pictures), "picture"),
+            stray[0],
+        )
+    return not stray
+
+
+def _warn_of_lost_classes(given: Sequence[Picture], read: Embedded, where: str) -> None:
+    labels = {str(picture.label) for picture in given}
+    if lost := sorted(labels - {str(picture.label) for picture in read.pictures}):
+        logger.warning(
+            "no picture%s can be read for %d of %s, such as %s",
+            where,
+            len(lost),
+            counted(len(labels), "class", "classes"),
+            lost[0],
+        )
 
 
 def _choose(
@@ -144,14 +176,8 @@ def _choose(
             if (reason := _obstacle(protocol, pictures, train, classes)) is not None:
                 raise reason
         return asked
-    chosen = []
-    for protocol in WITH_TRAIN if train else WITH_CLASSES if classes else WITHOUT_LABELS:
-        reason = _obstacle(protocol, pictures, train, classes)
-        if reason is None:
-            chosen.append(protocol)
-        else:
-            logger.warning("left out: %s", reason)
-    return chosen
+    usual = WITH_TRAIN if train else WITH_CLASSES if classes else WITHOUT_LABELS
+    return _left({protocol: _obstacle(protocol, pictures, train, classes) for protocol in usual})
 
 
 def _still_possible(chosen: Sequence[Protocol], found: Evaluation) -> Sequence[Protocol]:
@@ -162,13 +188,21 @@ def _still_possible(chosen: Sequence[Protocol], found: Evaluation) -> Sequence[P
     """
     train = found.voters.pictures if found.voters else ()
     classes = sorted({str(picture.label) for picture in train or found.pictures.pictures}) if found.classes else ()
-    reasons = {protocol: _obstacle(protocol, found.pictures.pictures, train, classes) for protocol in chosen}
-    for reason in filter(None, reasons.values()):
+    return _left({protocol: _obstacle(protocol, found.pictures.pictures, train, classes) for protocol in chosen})
+
+
+def _left(reasons: Mapping[Protocol, MimcoError | None]) -> list[Protocol]:
+    """The protocols that nothing stands in the way of; a warning for each of the others.
+
+    Raises:
+        EvaluationError: none is left; the first reason.
+    """
+    stopped = [reason for reason in reasons.values() if reason is not None]
+    if len(stopped) == len(reasons):
+        raise stopped[0]
+    for reason in stopped:
         logger.warning("left out: %s", reason)
-    left = [protocol for protocol, reason in reasons.items() if reason is None]
-    if not left and (first := next(filter(None, reasons.values()), None)) is not None:
-        raise first
-    return left
+    return [protocol for protocol, reason in reasons.items() if reason is None]
 
 
 def _obstacle(
@@ -181,11 +215,24 @@ def _obstacle(
         return EvaluationError(f"{protocol} without pictures that vote", expected="--train with <class>/<picture>")
     if len(classes) < 2:
         return EvaluationError(
-            f"{protocol} with {len(classes)} classes", expected="two folders or more, a class each, with its pictures"
+            f"{protocol} with {counted(len(classes), 'class', 'classes')}",
+            expected="two folders or more, a class each, with its pictures",
+        )
+    if protocol == "retrieval" and not _has_relevant(pictures, train):
+        where = "in --train" if train else "among the others"
+        return EvaluationError(
+            f"retrieval of pictures with none of their class {where}", expected="one or more to find"
         )
     if protocol == "linear":
         return obstacle_to_probing([str(picture.label) for picture in train])
     return None
+
+
+def _has_relevant(pictures: Sequence[Picture], train: Sequence[Picture]) -> bool:
+    """Whether there is a picture with another of its class to find."""
+    if train:
+        return not {picture.label for picture in pictures}.isdisjoint(picture.label for picture in train)
+    return max(Counter(picture.label for picture in pictures).values()) > 1
 
 
 def _by_votes(

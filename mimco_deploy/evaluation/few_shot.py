@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mimco_deploy.errors import EvaluationError
+from mimco_deploy.evaluation.pictures import counted
 
 Floats = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
@@ -38,7 +39,9 @@ def few_shot(
     """
     classes = np.unique(labels)
     if len(classes) < 2:
-        raise EvaluationError(f"{len(classes)} class for few-shot classification", expected="two or more")
+        raise EvaluationError(
+            f"few-shot classification with {counted(len(classes), 'class', 'classes')}", expected="two or more"
+        )
     rng = np.random.default_rng(_SEED)
     members = [np.flatnonzero(labels == label) for label in classes]
     right = np.zeros((tries, len(queries)))

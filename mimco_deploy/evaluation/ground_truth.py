@@ -74,8 +74,8 @@ def read_ground_truth(path: Path) -> GroundTruth:
             `.pkl` or `.json`; at most 8 MiB. `bbx` may be missing or null.
 
     Raises:
-        EvaluationError: not there, too large, not such a file, a pickle of anything but data, a number outside the
-            gallery, or a name that leads out of a folder.
+        EvaluationError: not there, too large, not such a file, without queries or gallery, a pickle of anything but
+            data, a number outside the gallery, or a name that leads out of a folder.
     """
     readers: dict[str, Callable[[bytes], object]] = {".pkl": _unpickle, ".json": json.loads}
     if path.suffix not in readers:
@@ -116,6 +116,8 @@ def _names(content: dict[Any, Any], key: str) -> tuple[str, ...]:
     names = content.get(key)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise EvaluationError(f"{key} is no list of names")
+    if not names:
+        raise EvaluationError(f"{key} is empty", expected="one name or more")
     for number, name in enumerate(names):
         # They become paths: below the pictures' folder on every system, or nowhere.
         if not name.isprintable() or set(name) & set("\\:") or any(part in ("", ".", "..") for part in name.split("/")):

@@ -100,7 +100,7 @@ def knn_accuracies(
 
 
 def neighbour_confusion(
-    gallery: Floats, labels: Labels, queries: Floats, truth: Labels, k: int = 20, *, among: bool = False
+    gallery: Floats, labels: Labels, queries: Floats, truth: Labels, classes: int, k: int = 20, *, among: bool = False
 ) -> npt.NDArray[np.float64]:
     """Which classes the k nearest of a class's pictures have; each neighbour counts the same.
 
@@ -109,6 +109,7 @@ def neighbour_confusion(
         labels: [N], classes from 0.
         queries: [Q, D], L2-normalised.
         truth: [Q], classes from 0.
+        classes: C, how many there are; one may have no picture on either side.
         k: neighbours; all of them where N < k.
         among: whether the queries are the gallery, of which none is a neighbour of itself; k is then below N.
 
@@ -116,7 +117,6 @@ def neighbour_confusion(
         [C, C], rows are the queries' classes, columns the neighbours'. Shares, which sum to 1 over a row; NaN in rows
         of classes without queries.
     """
-    classes = int(max(labels.max(), truth.max())) + 1
     counts = np.zeros((classes, classes))
     for rows, _, nearest in _neighbours(gallery, queries, k, classes, among=among):
         np.add.at(counts, (truth[rows, None], labels[nearest]), 1)

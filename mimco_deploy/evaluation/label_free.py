@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from mimco_deploy.errors import EvaluationError
 from mimco_deploy.evaluation.measures import Measure, mean_of, statistic_of
+from mimco_deploy.evaluation.pictures import counted
 from mimco_deploy.evaluation.retrieval import BLOCK_SCORES
 
 Embeddings = npt.NDArray[np.float32]
@@ -47,8 +48,10 @@ def spread(embeddings: Embeddings) -> list[Measure]:
     np.fill_diagonal(kernel, 0.0)
 
     def rank(counts: Floats) -> float:
-        # singular values of the rows repeated so often are the roots of the eigenvalues of the weighted D × D product
-        values = np.sqrt(np.maximum(np.linalg.eigvalsh((rows * counts[:, None]).T @ rows), 0.0))
+        # singular values of the rows repeated so often are the roots of the eigenvalues of the weighted D × D product;
+        # so many rows have no more of them, and what rounding leaves of the others would count as well
+        known = min(int(np.count_nonzero(counts)), rows.shape[1])
+        values = np.sqrt(np.maximum(np.linalg.eigvalsh((rows * counts[:, None]).T @ rows)[-known:], 0.0))
         shares = values / values.sum() + _EPSILON
         return float(np.exp(-(shares * np.log(shares)).sum()))
 
@@ -87,7 +90,7 @@ def check_enough(count: int, k: int = NEIGHBOURS) -> None:
         EvaluationError: there are k + 1 or fewer.
     """
     if count <= k + 1:
-        raise EvaluationError(f"{count} pictures to compare the {k} nearest of", expected=f"{k + 2} or more")
+        raise EvaluationError(f"{counted(count, 'picture')} to compare the {k} nearest of", expected=f"{k + 2} or more")
 
 
 def neighbour_agreement(first: Embeddings, second: Embeddings, k: int = NEIGHBOURS) -> Measure:

@@ -10,7 +10,7 @@ import numpy as np
 from mimco_deploy.errors import EvaluationError
 from mimco_deploy.evaluation.ground_truth import GroundTruth
 from mimco_deploy.evaluation.measures import Measure, mean_of
-from mimco_deploy.evaluation.pictures import Embeddings, Tell, embed_finite, embed_pictures
+from mimco_deploy.evaluation.pictures import Embeddings, Tell, counted, embed_finite, embed_pictures
 from mimco_deploy.evaluation.revisited import evaluate_revisited
 from mimco_deploy.preprocess import cut, preprocess
 from mimco_deploy.serving.encoders import Encoder
@@ -55,13 +55,13 @@ def measure_landmarks(
     missing = [name for name in (*truth.gallery, *truth.queries) if name not in by_name]
     if missing:
         raise EvaluationError(
-            f"{len(missing)} pictures of the ground truth are missing, such as {missing[0]}",
+            f"no file for {counted(len(missing), 'picture')} of the ground truth, such as {missing[0]}",
             expected="the folder of the dataset's pictures",
         )
     gallery = embed_pictures(encoder, [by_name[name] for name in truth.gallery], tell)
     if gallery.refused:
         name, problem = next(iter(gallery.refused.items()))
-        raise EvaluationError(f"{len(gallery.refused)} pictures cannot be read, such as {name}: {problem}")
+        raise EvaluationError(f"{counted(len(gallery.refused), 'picture')} cannot be read, such as {name}: {problem}")
     queries = _embed_queries(encoder, truth, by_name)
     found = evaluate_revisited(queries @ gallery.embeddings.T, truth, ks)
     measures = []

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mimco_deploy.errors import EvaluationError, MimcoError, MissingExtraError
+from mimco_deploy.evaluation.pictures import counted
 
 Floats = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
@@ -92,7 +93,8 @@ def obstacle_to_probing(labels: Sequence[object]) -> MimcoError | None:
     sizes = Counter(labels).values()
     if len(sizes) < 2 or min(sizes) < 2:
         return EvaluationError(
-            f"a linear probe on {len(sizes)} classes, the smallest with {min(sizes, default=0)} pictures",
+            f"a linear probe on {counted(len(sizes), 'class', 'classes')}, "
+            f"the smallest with {counted(min(sizes, default=0), 'picture')}",
             expected="two classes or more, with two pictures or more each",
         )
     if importlib.util.find_spec("sklearn") is None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
@@ -11,12 +12,15 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 
 RESAMPLES = 1000
-CONFIDENCE = 0.95
+MORE_RESAMPLES = 10_000
+"""Of few values, whose intervals reach further into the tails."""
+_FEW = 30
+"""Values, up to which there are more resamples."""
 _SEED = 0
 _GROUPS = 50
 """That the jackknife leaves out in turn; single pictures where there are fewer."""
 _FEWEST = 5
-"""Pictures, below which leaving some out tells nothing."""
+"""Pictures, below which neither leaving some out nor repeating some tells how far others would differ."""
 _DIFFERING = 6
 """Pictures that must differ before a difference can be beyond chance: of five, all one way, a sign test has p 0.06."""
 _Z = 1.96
@@ -55,8 +59,9 @@ class Measure:
 
     def in_words(self) -> str:
         """The number, its interval where there is one, and what was chosen."""
-        interval = f" ({self.low:.3f} to {self.high:.3f})" if np.isfinite([self.low, self.high]).all() else ""
-        return f"{self.value:.3f}{interval}{self.chosen and f', {self.chosen}'}"
+        # z: without the sign of a zero, which says nothing
+        interval = f" ({self.low:z.3f} to {self.high:z.3f})" if np.isfinite([self.low, self.high]).all() else ""
+        return f"{self.value:z.3f}{interval}{self.chosen and f', {self.chosen}'}"
 
     def as_row(self) -> dict[str, float | int | str | None]:
         """For JSON, which has no NaN: null where a number is not known."""
@@ -68,7 +73,7 @@ class Measure:
 
 
 def mean_of(protocol: str, name: str, values: npt.ArrayLike, chosen: str = "") -> Measure:
-    """The mean over pictures, with a percentile bootstrap; of what is right or wrong, with Wilson's interval.
+    """The mean over pictures, with an expanded percentile bootstrap; of what is right or wrong, with Wilson's interval.
 
     Args:
         protocol: of the measure.
@@ -76,8 +81,9 @@ def mean_of(protocol: str, name: str, values: npt.ArrayLike, chosen: str = "") -
         values: [N], one for each picture; NaN where a picture has none, such as a query without a relevant picture.
         chosen: what was chosen on the way.
 
-    Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13; Wilson (1927), for a share, which
-    a bootstrap of twelve right of twelve would call certain.
+    Source: Hesterberg, What Teachers Should Know About the Bootstrap (The American Statistician, 2015), for percentiles
+    that reach as far as Student's t does: plain ones of five values held the mean 85 times of 100. Wilson (1927), for a
+    share, which a bootstrap of twelve right of twelve would call certain.
     """
     array = np.asarray(values, np.float64)
     known = array[~np.isnan(array)]
@@ -87,7 +93,7 @@ def mean_of(protocol: str, name: str, values: npt.ArrayLike, chosen: str = "") -
     if np.isin(known, (0.0, 1.0)).all():
         low, high = _wilson(value, count)
     else:
-        low, high = _interval(_resampled_means(known))
+        low, high = _bootstrap(known)
     return Measure(
         protocol=protocol, name=name, value=value, low=low, high=high, count=count, chosen=chosen, values=array
     )
@@ -125,6 +131,49 @@ def _half_over_draws(values: Floats) -> float:
     return _Z * float(np.sqrt(error))
 
 
+def _half_over_same_draws(values: Floats) -> float:
+    """Half an interval of the mean of differences [T, N], where both had the same draws; NaN of too few pictures.
+
+    Lucky examples are so for both. The interval is of the mean over draws, whose variance is a T-th of one draw's; that
+    of a single measure holds one draw, for one is made where an encoder is used. What one picture does in one draw is
+    in the variance over pictures already, so that of the draws only what all pictures have in common is added.
+
+    Source: Satterthwaite (1946), An approximate distribution of estimates of variance components.
+    """
+    draws, count = values.shape
+    if count < _FEWEST:
+        return np.nan
+    by_picture, by_draw = values.mean(axis=0), values.mean(axis=1)
+    over_pictures, over_draws = float(by_picture.var(ddof=1)) / count, 0.0
+    if draws > 1:
+        single = values - by_picture - by_draw[:, None] + values.mean()
+        noise = float((single**2).sum()) / ((draws - 1) * (count - 1))
+        over_draws = max(0.0, float(by_draw.var(ddof=1)) - noise / count) / draws
+    error = over_pictures + over_draws
+    if error == 0:
+        return 0.0
+    freedom = error**2 / (over_pictures**2 / (count - 1) + over_draws**2 / max(1, draws - 1))
+    return _student_t(freedom) * float(np.sqrt(error))
+
+
+def _student_t(freedom: float) -> float:
+    """Standard errors on either side of a value that hold it 95 times of 100, where the error is estimated as well.
+
+    Args:
+        freedom: degrees of freedom; from 4 on it is right to 0.04 %, at 1 it is 11 % too small.
+
+    Source: Abramowitz and Stegun (1964), 26.7.5.
+    """
+    z = _Z
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return z + sum(term / freedom**power for power, term in enumerate(terms, start=1))
+
+
 def statistic_of(protocol: str, name: str, count: int, statistic: Callable[[Floats], float]) -> Measure:
     """A number that is no mean, with an interval by the jackknife: groups of pictures are left out in turn.
 
@@ -154,25 +203,32 @@ def statistic_of(protocol: str, name: str, count: int, statistic: Callable[[Floa
 def difference(first: Measure, second: Measure) -> Measure | None:
     """By how much the second is higher, picture by picture: far narrower than two intervals beside each other.
 
-    None where they are no means over the same pictures. Of what is right or wrong with Newcombe's interval, else with a
-    bootstrap; the other way round it is the same with its sign changed.
+    None where they are no means over the same pictures. Of what is right or wrong with Newcombe's interval, of means
+    over draws as `_half_over_same_draws` says, else with a bootstrap; the other way round it is the same with its sign
+    changed.
 
     Source: Newcombe (1998), Improved confidence intervals for the difference between binomial proportions based on
     paired data, method 8.
     """
     if first.values is None or second.values is None or first.values.shape != second.values.shape:
         return None
-    apart = mean_of(first.protocol, first.name, second.values - first.values)
+    values = second.values - first.values
+    known = ~np.isnan(values)
+    value, count = float(values[known].mean()) if known.any() else np.nan, int(known.sum())
     if first.draws is not None and second.draws is not None:  # both had the same examples
-        half = _half_over_draws(second.draws - first.draws)
-        return replace(apart, low=apart.value - half, high=apart.value + half)
-    known = ~np.isnan(first.values) & ~np.isnan(second.values)
-    before, after = first.values[known], second.values[known]
-    if not len(before):
-        return apart
-    binary = np.isin(np.concatenate([before, after]), (0.0, 1.0)).all()
-    low, high = _newcombe(before, after) if binary else _interval(_resampled_means(after - before))
-    return replace(apart, low=low, high=high)
+        half = _half_over_same_draws(second.draws - first.draws)
+        low, high = value - half, value + half
+    else:
+        low, high = _interval_of_difference(first.values[known], second.values[known])
+    return Measure(
+        protocol=first.protocol, name=first.name, value=value, low=low, high=high, count=count, values=values
+    )
+
+
+def _interval_of_difference(before: Floats, after: Floats) -> tuple[float, float]:
+    if len(before) and np.isin(np.concatenate([before, after]), (0.0, 1.0)).all():
+        return _newcombe(before, after)
+    return _bootstrap(after - before)
 
 
 def _newcombe(first: Floats, second: Floats) -> tuple[float, float]:
@@ -193,19 +249,23 @@ def _wilson(share: float, count: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def _bootstrap(values: Floats) -> tuple[float, float]:
+    """An interval of the mean; NaN of too few values, and of ones all the same, which are not certain unless all 0."""
+    count = len(values)
+    if count < _FEWEST or (np.ptp(values) == 0 and values[0] != 0):
+        return np.nan, np.nan
+    # resamples vary less than samples do, by (n - 1) / n, and how much they vary is itself an estimate
+    edge = 100 * NormalDist().cdf(-_student_t(count - 1) * (count / (count - 1)) ** 0.5)
+    low, high = np.percentile(_resampled_means(values), (edge, 100 - edge))
+    return float(low), float(high)
+
+
 def _resampled_means(values: Floats) -> Floats:
     rng = np.random.default_rng(_SEED)
     block = max(1, _CELLS // len(values))
+    resamples = MORE_RESAMPLES if len(values) <= _FEW else RESAMPLES
     means = [
-        values[rng.integers(0, len(values), (min(block, RESAMPLES - start), len(values)))].mean(axis=1)
-        for start in range(0, RESAMPLES, block)
+        values[rng.integers(0, len(values), (min(block, resamples - start), len(values)))].mean(axis=1)
+        for start in range(0, resamples, block)
     ]
     return np.concatenate(means)
-
-
-def _interval(drawn: Floats) -> tuple[float, float]:
-    if np.ptp(drawn) == 0 and drawn[0] != 0:  # of values all the same, which are not certain
-        return np.nan, np.nan
-    edge = 100 * (1 - CONFIDENCE) / 2
-    low, high = np.percentile(drawn, (edge, 100 - edge))
-    return float(low), float(high)

@@ -110,7 +110,8 @@ def _table(found: Sequence[Evaluation]) -> str:
 
 def _differences(comparison: Comparison) -> str:
     lines = ["<tr><th>protocol</th><th>measure</th><th>difference</th><th></th></tr>"]
-    for measure in (*comparison.differences, comparison.agreement):
+    agreement = [] if comparison.agreement is None else [comparison.agreement]
+    for measure in (*comparison.differences, *agreement):
         surely = "beyond chance" if measure is not comparison.agreement and measure.beyond_chance else ""
         lines.append(
             f"<tr><td>{html.escape(measure.protocol)}</td><td>{html.escape(measure.name)}</td>"
@@ -214,11 +215,11 @@ def _confusion(evaluation: Evaluation) -> str:
 
 
 def _neighbour_classes(evaluation: Evaluation, labels: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    queries, voters = evaluation.pictures.embeddings, evaluation.voters
+    queries, voters, classes = evaluation.pictures.embeddings, evaluation.voters, len(evaluation.classes)
     if voters is not None:
         gallery, theirs = voters.embeddings, voters.labels(evaluation.classes)
-        return neighbour_confusion(gallery, theirs, queries, labels, k=min(NEIGHBOURS, len(gallery)))
-    return neighbour_confusion(queries, labels, queries, labels, k=min(NEIGHBOURS, len(queries) - 1), among=True)
+        return neighbour_confusion(gallery, theirs, queries, labels, classes, min(NEIGHBOURS, len(gallery)))
+    return neighbour_confusion(queries, labels, queries, labels, classes, min(NEIGHBOURS, len(queries) - 1), among=True)
 
 
 def _cells(shares: npt.NDArray[np.float64], names: Sequence[str]) -> str:

@@ -76,7 +76,7 @@ def embed_pictures(encoder: Encoder, pictures: Sequence[Picture], tell: Tell = l
             tell(done, len(pictures))
     if not good:
         first = next(iter(refused.items()), ("", "no picture"))
-        raise EvaluationError(f"none of {len(pictures)} pictures can be read, {first[0]}: {first[1]}")
+        raise EvaluationError(f"none of {counted(len(pictures), 'picture')} can be read, {first[0]}: {first[1]}")
     return Embedded(good, np.concatenate(rows), refused)
 
 
@@ -116,7 +116,7 @@ def check_classes(train: Sequence[str], val: Sequence[str]) -> None:
     if unknown:
         shown = ", ".join(unknown[:3]) + (" …" if len(unknown) > 3 else "")
         raise EvaluationError(
-            f"{len(unknown)} of {len(val)} classes have no picture in --train: {shown}",
+            f"no picture in --train for {len(unknown)} of {counted(len(val), 'class', 'classes')}: {shown}",
             expected="folders of the same names",
         )
 
@@ -127,17 +127,24 @@ def check_apart(pictures: Iterable[Picture], train: Iterable[Picture]) -> None:
     Raises:
         EvaluationError: there are some.
     """
-    both = {_place(picture) for picture in pictures} & {_place(picture) for picture in train}
+    both = {picture.place for picture in pictures} & {picture.place for picture in train}
     if both:
         path, _ = min(both)
         raise EvaluationError(
-            f"{len(both)} pictures are among those evaluated and in --train, such as one in {path}",
+            f"{counted(len(both), 'picture')} in --train and among those evaluated, such as one in {path}",
             expected="two sets that share none",
         )
 
 
-def _place(picture: Picture) -> tuple[str, int]:
-    return str(picture.file.resolve()), picture.offset
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """`1 picture`, `2 pictures`.
+
+    Args:
+        count: how many.
+        noun: of one.
+        plural: of several, where it is not the noun with an s.
+    """
+    return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
 
 
 def sample(pictures: Sequence[Picture], limit: int | None, seed: int = 0) -> list[Picture]:

@@ -65,13 +65,13 @@ def test_classes_allow_votes_probes_and_retrieval(encoder: Encoder, val: list[Pi
 
 
 def test_pictures_do_not_vote_for_themselves(encoder: Encoder, val: list[Picture], train: list[Picture]) -> None:
-    with pytest.raises(EvaluationError, match="1 pictures are among those evaluated and in --train"):
+    with pytest.raises(EvaluationError, match="1 picture in --train and among those evaluated"):
         evaluate(encoder, "tiny", val, [*train, val[0]])
 
 
 def test_a_single_class_is_no_classification(encoder: Encoder, val: list[Picture], train: list[Picture]) -> None:
     queries, voters = ([picture for picture in pictures if picture.label == KINDS[0]] for pictures in (val, train))
-    with pytest.raises(EvaluationError, match="knn with 1 classes"):
+    with pytest.raises(EvaluationError, match="knn with 1 class;"):
         evaluate(encoder, "tiny", queries, voters, ("knn",))
 
 
@@ -81,8 +81,8 @@ def test_what_the_pictures_do_not_allow_is_left_out_before_work_begins(
     thin = [*[p for p in train if p.label != KINDS[0]], next(p for p in train if p.label == KINDS[0])]
     found = evaluate(encoder, "tiny", val, thin)
     assert "linear" not in {measure.protocol for measure in found.measures}
-    assert "the smallest with 1 pictures" in caplog.text
-    with pytest.raises(EvaluationError, match="the smallest with 1 pictures"):
+    assert "the smallest with 1 picture;" in caplog.text
+    with pytest.raises(EvaluationError, match="the smallest with 1 picture;"):
         evaluate(encoder, "tiny", val, thin, ("linear",))
 
 
@@ -96,12 +96,64 @@ def test_an_encoder_that_gives_no_numbers_is_refused(val: list[Picture]) -> None
             evaluate(as_encoder(Broken()), "broken", val, (), (protocol,))
 
 
-def test_without_voters_no_picture_finds_itself(encoder: Encoder, tmp_path: Path) -> None:
-    for kind, number in (("a", 0), ("b", 1)):  # one picture a class: nobody else is relevant
-        (tmp_path / kind).mkdir()
-        draw(KINDS[number], number, 48).save(tmp_path / kind / "one.png")
-    found = by_name(evaluate(encoder, "tiny", find_pictures([str(tmp_path)]), (), ("retrieval",)))
-    assert found["retrieval", "mAP"].count == 0
+def test_pictures_alone_in_their_classes_have_nothing_to_find(
+    encoder: Encoder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pictures = find_pictures([str(draw_classes(tmp_path / "val", 1))])
+    with pytest.raises(EvaluationError, match="retrieval of pictures with none of their class among the others"):
+        evaluate(encoder, "tiny", pictures, (), ("retrieval",))
+    found = evaluate(encoder, "tiny", pictures)
+    assert {measure.protocol for measure in found.measures} == {"copies", "alignment", "spread"}
+    assert "left out: retrieval of pictures" in caplog.text
+
+
+def test_queries_whose_voters_cannot_be_read_have_nothing_to_find(
+    encoder: Encoder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = draw_classes(tmp_path / "train", 2)
+    for path in (folder / KINDS[0]).iterdir():
+        path.write_bytes(b"broken")
+    val = [
+        picture for picture in find_pictures([str(draw_classes(tmp_path / "val", 2, 9))]) if picture.label == KINDS[0]
+    ]
+    found = evaluate(encoder, "tiny", val, find_pictures([str(folder)]), ("retrieval", "spread"))
+    assert {measure.protocol for measure in found.measures} == {"spread"}
+    assert "none of their class in --train" in caplog.text
+    assert f"no picture of --train can be read for 1 of 3 classes, such as {KINDS[0]}" in caplog.text
+
+
+def test_a_class_that_cannot_be_read_is_named_and_the_page_is_written(
+    encoder: Encoder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = draw_classes(tmp_path / "val", 2)
+    last = max(KINDS[:3])
+    for path in (folder / last).iterdir():
+        path.write_bytes(b"broken")
+    found = evaluate(encoder, "tiny", find_pictures([str(folder)]), (), ("retrieval",))
+    assert f"no picture can be read for 1 of 3 classes, such as {last}" in caplog.text
+    write_page(tmp_path / "page.html", [found])
+    assert "Classes of the neighbours" in (tmp_path / "page.html").read_text("utf-8")
+
+
+def test_a_stray_picture_beside_the_classes_is_named(
+    encoder: Encoder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = draw_classes(tmp_path / "val", 5)
+    draw(KINDS[0], 99, 48).save(folder / "cover.png")
+    found = evaluate(encoder, "tiny", find_pictures([str(folder)]), (), ("spread",))
+    assert found.classes == []
+    assert f"1 of 16 pictures in no folder of a class, such as {folder / 'cover.png'}: measured without" in caplog.text
+    caplog.clear()
+    evaluate(encoder, "tiny", find_pictures([str(folder / KINDS[0]), str(folder / "cover.png")]), (), ("spread",))
+    assert caplog.text == ""
+
+
+def test_one_picture_leaves_nothing_to_measure(tmp_path: Path) -> None:
+    draw(KINDS[0], 0, 48).save(tmp_path / "single.png")
+    bundle = tiny_bundle(tmp_path / "encoder")
+    result = CliRunner().invoke(main, ["eval", str(tmp_path / "single.png"), "--encoder", str(bundle)])
+    assert result.exit_code == 1
+    assert "copies of one picture; expected two or more" in result.stderr
 
 
 def test_photos_without_classes_get_what_needs_no_labels(encoder: Encoder, tmp_path: Path) -> None:
@@ -149,7 +201,7 @@ def test_a_class_that_cannot_be_read_costs_its_protocol_alone(
     train = find_pictures([str(folder)])
     found = evaluate(encoder, "tiny", val, train)
     assert {measure.protocol for measure in found.measures} == {"knn", "few-shot", "retrieval", "spread"}
-    assert "left out: a linear probe on 3 classes, the smallest with 1 pictures" in caplog.text
+    assert "left out: a linear probe on 3 classes, the smallest with 1 picture;" in caplog.text
     asked = evaluate(encoder, "tiny", val, train, ("linear", "knn"))
     assert {measure.protocol for measure in asked.measures} == {"knn"}
     with pytest.raises(EvaluationError, match="linear probe"):
@@ -158,7 +210,7 @@ def test_a_class_that_cannot_be_read_costs_its_protocol_alone(
 
 def test_nothing_but_broken_files_is_an_error(encoder: Encoder, tmp_path: Path) -> None:
     (tmp_path / "bad.jpg").write_bytes(b"no picture")
-    with pytest.raises(EvaluationError, match=r"none of 1 pictures"):
+    with pytest.raises(EvaluationError, match="none of 1 picture can be read"):
         embed_pictures(encoder, find_pictures([str(tmp_path)]))
 
 
@@ -184,7 +236,7 @@ def test_a_sample_is_always_the_same_in_order_and_of_every_folder(train: list[Pi
 @pytest.mark.parametrize("name", EDITS)
 def test_an_edit_changes_the_picture_and_is_always_the_same(name: str) -> None:
     picture = draw(KINDS[1], 5, 96)
-    first, again = edit_picture(picture, name, "key"), edit_picture(picture, name, "key")
+    first, again = edit_picture(picture, name, 7), edit_picture(picture, name, 7)
     assert first.mode == "RGB"
     assert first.tobytes() == again.tobytes()
     assert first.size != picture.size or first.tobytes() != picture.tobytes()
@@ -193,12 +245,12 @@ def test_an_edit_changes_the_picture_and_is_always_the_same(name: str) -> None:
 @pytest.mark.parametrize("name", EDITS)
 @pytest.mark.parametrize("size", [(1, 1), (1, 400), (400, 3)])
 def test_edits_bear_pictures_of_any_shape(name: str, size: tuple[int, int]) -> None:
-    edited = edit_picture(Image.new("RGB", size, "red"), name, "key")
+    edited = edit_picture(Image.new("RGB", size, "red"), name, 7)
     assert min(edited.size) >= 1
 
 
 def test_a_picture_longer_than_a_jpeg_may_be_is_edited() -> None:
-    assert edit_picture(Image.new("RGB", (65_520, 2)), "JPEG 20", "long").width <= 65_500
+    assert edit_picture(Image.new("RGB", (65_520, 2)), "JPEG 20", 7).width <= 65_500
 
 
 def test_unedited_copies_find_their_originals(encoder: Encoder, val: list[Picture]) -> None:
@@ -233,14 +285,31 @@ def test_copies_are_embedded_in_the_order_of_the_pictures(encoder: Encoder, val:
         np.testing.assert_allclose(together[name][-1:], last[name], atol=1e-6)
 
 
+def test_edits_depend_on_what_a_file_holds_and_not_on_how_its_path_is_spelled(
+    encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw(KINDS[1], 5, 96).save(tmp_path / "one.png")
+    here = embed_copies(encoder, find_pictures([str(tmp_path)]))
+    monkeypatch.chdir(tmp_path)
+    there = embed_copies(encoder, find_pictures(["one.png"]))
+    for name in EDITS:
+        np.testing.assert_array_equal(here[name], there[name])
+
+
+def test_pictures_are_edited_each_in_its_own_way() -> None:
+    picture = draw(KINDS[1], 5, 96)
+    assert edit_picture(picture, "colour", 1).tobytes() != edit_picture(picture, "colour", 2).tobytes()
+
+
 def test_two_encoders_are_compared_picture_by_picture(val: list[Picture], train: list[Picture]) -> None:
     found = [
         evaluate(as_encoder(CountingEncoder(seed=seed)), f"{seed}", val, train, ("knn", "linear")) for seed in (0, 1)
     ]
     same, other = compare(found[0], found[0]), compare(*found)
     assert all(measure.value == 0 for measure in same.differences)
-    assert same.agreement.value == 1.0
-    assert other.agreement.value < 1.0
+    assert same.agreement is not None
+    assert other.agreement is not None
+    assert other.agreement.value < same.agreement.value == 1.0
     assert {measure.protocol for measure in other.differences} == {"knn", "linear"}
 
 
@@ -283,8 +352,8 @@ def test_landmarks_are_found_by_name_and_queries_are_cut(encoder: Encoder, tmp_p
     assert {measure.protocol for measure in measures} == {"easy", "medium", "hard"}
     assert measures[0].name == "mAP"
     assert measures[0].value == 1.0
-    with pytest.raises(EvaluationError, match="such as b"):
-        measure_landmarks(encoder, truth, find_pictures([str(tmp_path / "a.png"), str(tmp_path / "c.png")]))
+    with pytest.raises(EvaluationError, match="no file for 1 picture of the ground truth, such as b"):
+        measure_landmarks(encoder, truth, find_pictures([str(tmp_path / f"{name}.png") for name in "acq"]))
 
 
 def test_the_command_prints_json_and_writes_the_page(tmp_path: Path) -> None:
@@ -318,15 +387,17 @@ def test_the_command_prints_a_table_and_takes_a_sample(tmp_path: Path) -> None:
 
 def test_the_command_compares_and_marks_only_what_is_beyond_chance(tmp_path: Path) -> None:
     bundle, other = tiny_bundle(tmp_path / "a"), tiny_bundle(tmp_path / "b", seed=1)
-    for number, kind in enumerate(KINDS[:13]):  # a class each: nobody has a relevant picture
-        (tmp_path / "val" / f"{number}").mkdir(parents=True)
-        draw(kind, number, 48).save(tmp_path / "val" / f"{number}" / "one.png")
+    for number in range(13):  # two of a class, and the others alone: too few queries for an interval of mAP
+        folder = tmp_path / "val" / f"{max(number, 1)}"
+        folder.mkdir(parents=True, exist_ok=True)
+        draw(KINDS[number % len(KINDS)], number, 48).save(folder / f"{number}.png")
     asked = ["eval", str(tmp_path / "val"), "--protocol", "retrieval", "--compare", str(bundle), str(other)]
     result = CliRunner().invoke(main, asked)
     assert result.exit_code == 0, result.output
     assert "* retrieval" not in result.stdout
     document = json.loads(CliRunner().invoke(main, [*asked, "--json"]).stdout, parse_constant=pytest.fail)
-    assert document["differences"][0]["value"] is None
+    assert document["differences"][0]["low"] is None
+    assert document["differences"][0]["count"] == 2
 
 
 def test_the_command_compares_on_enough_pictures_only_and_says_so_before_it_begins(tmp_path: Path) -> None:
@@ -334,6 +405,54 @@ def test_the_command_compares_on_enough_pictures_only_and_says_so_before_it_begi
     result = CliRunner().invoke(main, ["eval", str(tmp_path / "val"), "--compare", "no-encoder", "none-either"])
     assert result.exit_code == 1
     assert "9 pictures to compare the 10 nearest of" in result.stderr
+
+
+def test_the_command_opens_both_encoders_before_it_measures_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, gone = tiny_bundle(tmp_path / "encoder"), tmp_path / "gone"
+    draw_classes(tmp_path / "val", 4)
+    monkeypatch.setattr("mimco_deploy.evaluation.evaluate.evaluate", pytest.fail)
+    result = CliRunner().invoke(main, ["eval", str(tmp_path / "val"), "--compare", str(bundle), str(gone)])
+    assert result.exit_code == 1
+    assert f"no encoder in {gone}" in result.stderr
+
+
+def test_pictures_that_cannot_be_read_cost_the_agreement_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bundle, other = tiny_bundle(tmp_path / "a"), tiny_bundle(tmp_path / "b", seed=1)
+    draw_classes(tmp_path / "val", 4)
+    (tmp_path / "val" / KINDS[0] / "00.png").write_bytes(b"broken")
+    page = tmp_path / "page.html"
+    asked = ["eval", str(tmp_path / "val"), "--protocol", "retrieval", "--compare", str(bundle), str(other)]
+    result = CliRunner().invoke(main, [*asked, "--report", str(page)])
+    assert result.exit_code == 0, result.output
+    assert "The second less the first" in result.stdout
+    assert "neighbours" not in result.stdout
+    assert "left out: 11 pictures to compare the 10 nearest of" in caplog.text
+    assert page.is_file()
+    document = json.loads(CliRunner().invoke(main, [*asked, "--json"]).stdout, parse_constant=pytest.fail)
+    assert document["agreement"] is None
+    assert document["differences"]
+
+
+def test_the_command_does_not_write_its_page_over_a_picture(tmp_path: Path) -> None:
+    picture = tmp_path / "photo.JPG"
+    picture.write_bytes(b"kept")
+    result = CliRunner().invoke(main, ["eval", str(tmp_path), "--report", str(picture)])
+    assert result.exit_code == 2
+    assert "has the name of a picture" in result.stderr
+    assert picture.read_bytes() == b"kept"
+
+
+def test_the_command_takes_each_k_once_in_order(tmp_path: Path) -> None:
+    bundle = tiny_bundle(tmp_path / "encoder")
+    draw_classes(tmp_path / "val", 2)
+    asked = ["eval", str(tmp_path / "val"), "--encoder", str(bundle), "--protocol", "retrieval", "--json"]
+    result = CliRunner().invoke(main, [*asked, "-k", "2", "-k", "1", "-k", "2"])
+    names = [measure["name"] for measure in json.loads(result.stdout)["encoders"][0]["measures"]]
+    assert names == ["mAP", "recall@2", "recall@1", "precision@2"]
 
 
 def test_the_command_refuses_options_that_contradict(tmp_path: Path) -> None:

@@ -106,14 +106,14 @@ def test_of_equally_near_pictures_the_first_of_the_gallery_vote() -> None:
     gallery = np.ones((50, 2), np.float32)
     labels = np.arange(50)[::-1].copy()
     assert knn_predict(gallery, labels, gallery[:1], k=3).tolist() == [47]  # 49, 48 and 47 weigh the same
-    confusion = neighbour_confusion(gallery, labels, gallery[:1], np.array([0]), k=2)
+    confusion = neighbour_confusion(gallery, labels, gallery[:1], np.array([0]), classes=50, k=2)
     assert np.flatnonzero(confusion[0]).tolist() == [48, 49]
 
 
 def test_confusion_is_the_mean_share_of_neighbours() -> None:
     gallery, labels, queries, truth = drawn(7)
     truth[truth == 2] = 3
-    confusion = neighbour_confusion(gallery, labels, queries, truth, k=6)
+    confusion = neighbour_confusion(gallery, labels, queries, truth, classes=9, k=6)
     expected = np.zeros((9, 9))
     for query, label in enumerate(truth):
         scores = [float(row @ queries[query]) for row in gallery]
@@ -127,17 +127,25 @@ def test_confusion_is_the_mean_share_of_neighbours() -> None:
 
 def test_small_blocks_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = drawn(8)
-    whole, confusion = knn_accuracies(*arguments, (3, 9)), neighbour_confusion(*arguments, 4)
+    whole, confusion = knn_accuracies(*arguments, (3, 9)), neighbour_confusion(*arguments, 9, 4)
     monkeypatch.setattr(module, "_BLOCK", 100)
     for k, accuracy in knn_accuracies(*arguments, (3, 9)).items():
         np.testing.assert_array_equal(accuracy.right, whole[k].right)
         np.testing.assert_array_equal(accuracy.right_of_5, whole[k].right_of_5)
-    np.testing.assert_array_equal(neighbour_confusion(*arguments, 4), confusion)
+    np.testing.assert_array_equal(neighbour_confusion(*arguments, 9, 4), confusion)
 
 
 def test_among_themselves_no_picture_is_its_own_neighbour() -> None:
     gallery = np.repeat(np.eye(2, dtype=np.float32), 3, axis=0)  # three copies of each of two pictures
     labels = np.array([0, 0, 1, 1, 1, 0])
-    shares = neighbour_confusion(gallery, labels, gallery, labels, k=2, among=True)
+    shares = neighbour_confusion(gallery, labels, gallery, labels, classes=2, k=2, among=True)
     # 0, 1 and 2 see each other, 3, 4 and 5 too: of class 0, pictures 0 and 1 see {0, 1} each, picture 5 sees {1, 1}
     np.testing.assert_allclose(shares, [[2 / 6, 4 / 6], [4 / 6, 2 / 6]])
+
+
+def test_the_last_class_may_have_no_picture_on_either_side() -> None:
+    gallery = np.eye(2, dtype=np.float32)
+    shares = neighbour_confusion(gallery, np.array([0, 1]), gallery, np.array([0, 1]), classes=3, k=1)
+    assert shares.shape == (3, 3)
+    assert np.isnan(shares[2]).all()
+    assert shares[:2].tolist() == [[1, 0, 0], [0, 1, 0]]

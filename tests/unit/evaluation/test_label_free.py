@@ -45,6 +45,11 @@ def test_rank_and_uniformity_are_those_of_their_definitions() -> None:
     assert uniformity.value == pytest.approx(np.log(np.mean(kernels)), rel=1e-5)
 
 
+def test_the_effective_rank_is_not_above_the_number_of_pictures() -> None:
+    rank, _ = spread(np.eye(6, 64, dtype=np.float32))  # six of equal weight: with no more directions than they have
+    assert rank.value == pytest.approx(6.0, rel=1e-5)
+
+
 def test_large_sets_are_sampled() -> None:
     rank, _ = spread(random_embeddings(MAX_PICTURES + 500, 4))
     assert rank.count == MAX_PICTURES

@@ -103,6 +103,31 @@ def test_a_difference_over_draws_holds_that_of_other_draws() -> None:
     assert held >= 27
 
 
+@pytest.mark.parametrize(("pictures", "in_common"), [(12, 0.0), (60, 0.0), (60, 0.1)])
+def test_encoders_that_do_not_differ_are_beyond_chance_one_time_of_twenty(pictures: int, in_common: float) -> None:
+    """Ten draws each, the same for both, of which some may favour one encoder on all pictures."""
+    rng, stars, tries = np.random.default_rng(11), 0, 300
+    for _ in range(tries):
+        favour = in_common * rng.normal(size=(10, 1))
+        chance = 0.5 + 0.3 * rng.normal(size=pictures)
+        ours, theirs = (
+            mean_over_draws("f", "n", (rng.random((10, pictures)) < chance + sign * favour).astype(np.float64))
+            for sign in (-0.5, 0.5)
+        )
+        apart = difference(ours, theirs)
+        assert apart is not None
+        stars += apart.beyond_chance
+    assert 0.02 * tries <= stars <= 0.08 * tries
+
+
+def test_a_difference_over_draws_of_four_pictures_has_no_interval() -> None:
+    rng = np.random.default_rng(0)
+    ours, theirs = (mean_over_draws("f", "n", rng.integers(0, 2, (10, 4)).astype(np.float64)) for _ in range(2))
+    apart = difference(ours, theirs)
+    assert apart is not None
+    assert np.isnan([apart.low, apart.high]).all()
+
+
 def test_a_single_class_is_refused() -> None:
     gallery, _ = clusters(10, 0.1, 0)
     labels = np.zeros(10, np.int64)

@@ -321,6 +321,8 @@ def test_only_what_was_named_is_ever_looked_up() -> None:
 
 
 BROKEN: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
+    "empty gallery": (lambda content: content["imlist"].clear(), "imlist is empty; expected one name"),
+    "no queries": (lambda content: (content["qimlist"].clear(), content["gnd"].clear())[0], "qimlist is empty"),
     "no gallery": (lambda content: content.pop("imlist"), "imlist is no list"),
     "queries of another number": (lambda content: content["qimlist"].append("more"), "gnd is no list of 2 dicts"),
     "entry that is a list": (lambda content: content["gnd"].__setitem__(0, []), "gnd is no list of 1 dicts"),
