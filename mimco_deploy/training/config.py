@@ -160,7 +160,7 @@ class ViewsConfig:
     def __post_init__(self) -> None:
         """Raises ConfigError for values that cannot be meant."""
         least, most = self.blur_radius_px
-        require(0.0 < least <= most, "views.blur_radius_px", self.blur_radius_px, "two values above 0, the lower first")
+        require(0.0 <= least <= most, "views.blur_radius_px", self.blur_radius_px, "two values from 0 on, lower first")
         require(0.0 < self.min_crop_scale <= 1.0, "views.min_crop_scale", self.min_crop_scale, "above 0, up to 1")
 
 
