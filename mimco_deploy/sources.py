@@ -38,11 +38,6 @@ class Picture:
         """Its class, by the name of its folder: composed as Unicode has it, whichever system wrote it."""
         return unicodedata.normalize("NFC", self.folder.rpartition("/")[2]) if self.folder else None
 
-    @property
-    def place(self) -> tuple[str, int]:
-        """Where its bytes are, however the source was spelled."""
-        return str(self.file.resolve()), self.offset
-
     def read(self) -> bytes:
         """The encoded bytes; MAX_BYTES + 1 of them at most.
 
@@ -109,6 +104,12 @@ def find_pictures(sources: Iterable[str]) -> list[Picture]:
     return [found[name] for name in sorted(found)]
 
 
+def shared_pictures(first: Iterable[Picture], second: Iterable[Picture]) -> list[str]:
+    """The files that hold what is in both, sorted, one for each picture, however the sources were spelled."""
+    places = ({(str(picture.file.resolve()), picture.offset) for picture in some} for some in (first, second))
+    return sorted(path for path, _ in set.intersection(*places))
+
+
 def warn_of_merged_classes(pictures: Iterable[Picture]) -> None:
     """Say where one class is made of folders of the same name in different places, which may be meant, or not."""
     folders: dict[str, set[str]] = {}
@@ -145,18 +146,17 @@ def _in_tar(path: Path, folder: str | None) -> Iterator[Picture]:
     """The pictures of a tar; those in no folder inside of it are in the one that it lies in."""
     try:
         with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
-            size = path.stat().st_size
             for member in archive:
                 if member.size < 0:  # which would lead back to the same member, for ever
                     raise tarfile.ReadError("a member has no size")
-                if member.offset_data + member.size > size:
-                    raise tarfile.ReadError("cut off in its last member")
                 inside = Path(member.name)
                 if member.isreg() and inside.suffix.lower() in IMAGE_SUFFIXES and not inside.name.startswith("."):
                     within = inside.parent.as_posix() if inside.parent.name else folder
                     yield Picture(path, member.offset_data, member.size, f"{path}:{member.name}", within)
             file.seek(archive.offset)
-            if any(file.read(tarfile.BLOCKSIZE)):  # Python takes whatever is no header for the end
+            if any(
+                file.read(tarfile.BLOCKSIZE)
+            ):  # Python notices where data are cut off, and takes half a header for the end
                 raise tarfile.ReadError(f"cut off or broken at byte {archive.offset}")
     except (tarfile.TarError, OSError) as error:
         expected = "a plain .tar, which is read in place; unpack or decompress it first"

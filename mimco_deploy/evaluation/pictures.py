@@ -13,7 +13,7 @@ import numpy.typing as npt
 from mimco_deploy.errors import EvaluationError, ImageError
 from mimco_deploy.preprocess import decode_pixels
 from mimco_deploy.serving.encoders import Encoder
-from mimco_deploy.sources import Picture
+from mimco_deploy.sources import Picture, shared_pictures
 
 Embeddings = npt.NDArray[np.float32]
 Pixels = npt.NDArray[np.uint8]
@@ -127,11 +127,9 @@ def check_apart(pictures: Iterable[Picture], train: Iterable[Picture]) -> None:
     Raises:
         EvaluationError: there are some.
     """
-    both = {picture.place for picture in pictures} & {picture.place for picture in train}
-    if both:
-        path, _ = min(both)
+    if both := shared_pictures(pictures, train):
         raise EvaluationError(
-            f"{counted(len(both), 'picture')} in --train and among those evaluated, such as one in {path}",
+            f"{counted(len(both), 'picture')} in --train and among those evaluated, such as one in {both[0]}",
             expected="two sets that share none",
         )
 

@@ -161,7 +161,7 @@ def written_whole(folder: Path) -> Iterator[Path]:
             yield staging
     except (OSError, SafetensorError, RuntimeError) as error:  # the last is how torch tells of a full disk
         free = shutil.disk_usage(folder.parent).free >> 20
-        reason = error.strerror if isinstance(error, OSError) else str(error).partition("\n")[0]
+        reason = (isinstance(error, OSError) and error.strerror) or str(error).partition("\n")[0]
         raise CheckpointError(
             f"{folder} cannot be written ({reason}), with {free:,} MiB free on its disk",
             expected="room for two checkpoints; the last one that was written stays, and --resume goes on from it",

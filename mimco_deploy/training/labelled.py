@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mimco_deploy.errors import DataError, ImageError
 from mimco_deploy.preprocess import decode_pixels
-from mimco_deploy.sources import Picture, find_pictures, warn_of_merged_classes
+from mimco_deploy.sources import Picture, find_pictures, shared_pictures, warn_of_merged_classes
 from mimco_deploy.training.backbone import Geometry
 from mimco_deploy.training.classifier import draws_follow_torch
 from mimco_deploy.training.config import DataConfig
@@ -140,13 +140,9 @@ def number_classes(train: Sequence[Picture], val: Sequence[Picture]) -> tuple[li
         raise DataError(f"--data has one class, {classes[0]}", expected="two folders of pictures at least")
     _refuse_others(set(labels) - set(classes), "--val has classes that --data has not")
     _refuse_others(set(classes) - set(labels), "--val lacks classes of --data")
-    both = {picture.place for picture in train} & {picture.place for picture in val}
-    if both:
-        path, _ = min(both)
-        raise DataError(
-            f"{len(both)} pictures are in --data and in --val, such as one in {path}",
-            expected="two sets that share none",
-        )
+    if both := shared_pictures(train, val):
+        found = f"{len(both)} pictures are in --data and in --val, such as one in {both[0]}"
+        raise DataError(found, expected="two sets that share none")
     for pictures in (train, val):
         warn_of_merged_classes(pictures)
     number = {name: index for index, name in enumerate(classes)}

@@ -173,7 +173,7 @@ def _same(kept: StageT, base: StageT, request: Request) -> StageT:
     for key, old, new in changes:
         if key not in MAY_CHANGE:
             raise ConfigError(
-                f"--resume with {key} {new}, where the run has {old or 'none'}",
+                f"--resume with {key} {new}, where the run has {'none' if old == '' else old}",
                 expected="the same, or --fresh to start anew",
             )
     return asked

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from mimco_deploy.errors import CheckpointError
 from mimco_deploy.training import checkpoint, run_folder
 from mimco_deploy.training.run_folder import make_way, only_writer
+from mimco_deploy.training.stages import build_stage1
 from tests.unit.training.small import draw_photos, stage1_config, train_any
 
 HOLD = """
@@ -90,7 +91,7 @@ def test_nothing_is_moved_aside_before_all_processes_have_read(tmp_path: Path, m
     ("function", "error", "said"),
     [
         ("save_file", SafetensorError("I/O error: No space left on device"), "I/O error: No space left on device"),
-        ("torch.save", RuntimeError("[enforce fail] unexpected pos 44736\nframe #0"), "[enforce fail] unexpected pos"),
+        ("save", RuntimeError("[enforce fail] unexpected pos 44736\nframe #0"), "[enforce fail] unexpected pos"),
         ("save_as_timm", OSError(28, "No space left on device"), "No space left on device"),
     ],
 )
@@ -98,25 +99,20 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, error: Exception, said: str
 ) -> None:
     photos, folder = draw_photos(tmp_path / "photos"), tmp_path / "stage1"
-    train_any(stage1_config(photos), folder)
+    config = stage1_config(photos)
+    train_any(config, folder)
+    method, _ = build_stage1(config)
+    optimizer = torch.optim.AdamW(method.parameters())
     before = {path.name: path.read_bytes() for path in (folder / "last").iterdir() if path.is_file()}
 
     def full(*_: Any, **__: Any) -> None:
         raise error
 
-    whole = monkeypatch.setattr
-    whole(torch, "save", full) if function == "torch.save" else whole(checkpoint, function, full)
+    owner = torch if function == "save" else checkpoint
+    monkeypatch.setattr(owner, function, full)
     wanted = re.escape(said) + r".*, with [\d,]+ MiB free on its disk; expected room for two checkpoints"
     with pytest.raises(CheckpointError, match=wanted) as caught:
-        checkpoint.save_checkpoint(folder / "last", *_state(photos), step=1, total_steps=2, corpus="c")
+        checkpoint.save_checkpoint(folder / "last", method, optimizer, config, step=1, total_steps=2, corpus="c")
     assert "\n" not in str(caught.value)
     assert {path.name: path.read_bytes() for path in (folder / "last").iterdir() if path.is_file()} == before
     assert not list(folder.glob("*.staging"))
-
-
-def _state(photos: Path) -> tuple[Any, Any, Any]:
-    from mimco_deploy.training.stages import build_stage1
-
-    config = stage1_config(photos)
-    method, _ = build_stage1(config)
-    return method, torch.optim.AdamW(method.parameters()), config

@@ -191,6 +191,8 @@ def test_fresh_with_a_mistake_leaves_the_run_where_it_is(stage1: Path, photos: P
         ({"batch_size": 4}, r"run\.global_batch_size 4, where the run has 8"),
         ({"settings": ("run.seed=1",)}, r"run\.seed 1, where the run has 3"),
         ({"settings": ("optim.weight_decay=0.2",)}, r"optim\.weight_decay 0\.2, where the run has 0\.1"),
+        ({"settings": ("optim.min_lr=0.2",)}, r"optim\.min_lr 0\.2, where the run has 0\.0"),
+        ({"start_from": "elsewhere"}, r"start_from .*elsewhere, where the run has none"),
         ({"fresh": True}, "--resume with --fresh; expected one of them"),
     ],
     ids=str,
