@@ -21,8 +21,8 @@ from mimco_deploy.training.finetune_config import finetune_preset, linear_preset
 from mimco_deploy.training.plan import fit_to_memory, plan_run
 from mimco_deploy.training.supervised import train_with_labels
 from mimco_deploy.training.supervised_checkpoint import read_run
+from tests.unit.training.labelled import BOTH, CONFIGS, draw_labelled, finetune_config, save_encoder
 from tests.unit.training.small import BACKBONE, stop_at
-from tests.unit.training.test_finetune import BOTH, CONFIGS, draw_labelled, finetune_config, save_encoder
 
 
 @pytest.fixture(autouse=True)
