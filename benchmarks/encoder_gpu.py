@@ -1,11 +1,13 @@
 """Exported graphs against torch on a GPU, all in one process and in turns; and the attention that training stands on.
 
     python benchmarks/encoder_gpu.py --encoder .mimco/encoder --source timm/vit_small_patch16_224 --batch 128 16
+    python benchmarks/encoder_gpu.py --encoder .mimco/encoder --source timm/vit_small_patch16_224 --one-operator
     python benchmarks/encoder_gpu.py --attention
 
 A run is from pictures in host memory to embeddings there. `mimco bench` measures the same in processes of their own;
 here the clocks of the GPU are the same for all. The reference for neighbours is the fp32 graph. Prints one JSON line a
-case. `--device cpu` is for trying the script.
+case. `--one-operator` adds each precision with the attention of a ViT as one operator, which ONNX Runtime has kernels
+for from opset 23 on; the graphs of bundles have it written out. `--device cpu` is for trying the script.
 """
 
 from __future__ import annotations
@@ -19,9 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import torch
 import torch.nn.functional as F
+from onnx import helper, numpy_helper
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mimco_deploy.bundle import read_bundle
@@ -56,6 +60,9 @@ def encoders(options: argparse.Namespace) -> None:
         if device == "cuda" or precision != "bf16":
             encoder = load_encoder(options.encoder, device, strict=True, precision=precision)
             runs[f"onnxruntime {precision}"] = encoder.embed
+        if options.one_operator and (device == "cuda" or precision == "fp32"):
+            graph = one_operator(onnx.load(bundle.model(precision)))
+            runs[f"onnxruntime {precision}, one operator"] = run_graph(graph, device)
     for variant in torch_variants(spec, options.source, device):
         runs[f"{variant.backend} {variant.precision}"] = variant.load(*variant.arguments)[0]
     drawn = draw_pictures(DRAWN, *spec.geometry, seed=5)
@@ -84,6 +91,60 @@ def encoders(options: argparse.Namespace) -> None:
                     "min_cosine": agreement.min_cosine,
                 }
             )
+
+
+def one_operator(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Every softmax(q·kᵀ)·v of timm's ViT as one `Attention`, fed by a `Split` of the product that made all three.
+
+    Args:
+        model: as `mimco export` makes it, in any precision; the Casts around the softmax go too.
+    """
+    makers = {name: node for node in model.graph.node for name in node.output}
+    users = {name: node for node in model.graph.node for name in node.input}  # the last, where there are several
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    new: dict[str, list[onnx.NodeProto]] = {}
+    for softmax in [node for node in model.graph.node if node.op_type == "Softmax"]:
+        scores = _before(makers, softmax, "MatMul")
+        unpacked = _before(makers, scores, "Reshape")
+        *_, three, heads, width = constants[unpacked.input[1]].tolist()
+        joined = _after(users, softmax, "Reshape")  # the heads' results, side by side again
+        if three != 3:
+            raise SystemExit(f"{unpacked.name} is not a ViT's query, key and value: {three} × {heads} × {width}")
+        qkv = [f"{joined.output[0]}.{part}" for part in "qkv"]
+        new[joined.name] = [
+            helper.make_node("Split", [unpacked.input[0]], qkv, axis=2, num_outputs=3),
+            helper.make_node("Attention", qkv, joined.output, q_num_heads=heads, kv_num_heads=heads),
+        ]
+    nodes = [part for node in model.graph.node for part in new.get(node.name, [node])]
+    needed, kept = {output.name for output in model.graph.output}, []
+    for node in reversed(nodes):
+        if needed & set(node.output):
+            needed |= set(node.input)
+            kept.append(node)
+    weights = [tensor for tensor in model.graph.initializer if tensor.name in needed]
+    graph = helper.make_graph(kept[::-1], model.graph.name, model.graph.input, model.graph.output, weights)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=11)
+
+
+def _before(makers: dict[str, onnx.NodeProto], node: onnx.NodeProto, kind: str) -> onnx.NodeProto:
+    """The next operator of a kind on the way up, along first inputs."""
+    node = makers[node.input[0]]
+    return node if node.op_type == kind else _before(makers, node, kind)
+
+
+def _after(users: dict[str, onnx.NodeProto], node: onnx.NodeProto, kind: str) -> onnx.NodeProto:
+    """The next operator of a kind on the way down."""
+    node = users[node.output[0]]
+    return node if node.op_type == kind else _after(users, node, kind)
+
+
+def run_graph(model: onnx.ModelProto, device: str) -> Callable[[Any], Any]:
+    """On one provider alone."""
+    provider = "CUDAExecutionProvider" if device == "cuda" else "CPUExecutionProvider"
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=[provider])
+    if session.get_providers()[0] != provider:
+        raise SystemExit(f"ONNX Runtime did not start {provider}")
+    return lambda images: session.run(["embedding"], {"image": images})[0]
 
 
 def attention(options: argparse.Namespace) -> None:
@@ -140,6 +201,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[128, 16])
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--one-operator", action="store_true", help="the graphs with attention as one operator too")
     parser.add_argument("--attention", action="store_true", help="measure that instead")
     options = parser.parse_args()
     if options.attention:
