@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -38,3 +39,21 @@ def test_searching_loads_no_encoder_library_before_it_is_needed() -> None:
     code = "import sys, mimco_deploy.serving.update; print(sorted({'onnxruntime', 'faiss'} & sys.modules.keys()))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout == "[]\n"
+
+
+def test_searching_leaves_nothing_in_the_home_folder(tmp_path: Path) -> None:
+    """ONNX Runtime reports to its maker unless told not to, and keeps the machine's id and what is yet to be sent."""
+    home = tmp_path / "home"
+    home.mkdir()
+    code = "import pathlib; from mimco_deploy.serving.encoders import load_encoder; load_encoder(pathlib.Path('encoder'))"
+    tiny_bundle(tmp_path / "encoder")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("ORT_", "XDG_"))}
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**environment, "HOME": str(home)},
+        capture_output=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert list(home.rglob("*")) == []
