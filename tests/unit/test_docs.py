@@ -18,12 +18,14 @@ import pytest
 from click.testing import CliRunner
 
 from mimco_deploy.cli import main
+from mimco_deploy.serving.encoders import load_encoder
 from mimco_deploy.serving.update import update_index
+from mimco_deploy.shipped import SHIPPED_ENCODER
 from mimco_deploy.training.config import Stage1Config, Stage2Config
 from mimco_deploy.training.finetune_config import FinetuneConfig, LinearConfig, finetune_preset, linear_preset
 from mimco_deploy.training.presets import PRESETS
 from mimco_deploy.training.settings import leaves
-from tests.helpers import CountingEncoder, below, gallery, save, tiny_bundle
+from tests.helpers import below, gallery, save
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("tests/**/*.md")])
@@ -189,8 +191,9 @@ PYTHON = [
 def test_every_python_example_runs(code: str, tmp_path: Path) -> None:
     gallery(tmp_path / "images", 6)
     save(tmp_path / "query.jpg", 3)
-    tiny_bundle(tmp_path / ".mimco/encoder")
-    update_index(tmp_path / ".mimco/index", [tmp_path / "images"], CountingEncoder())
+    save(tmp_path / "images/copy.png", 3)
+    save(tmp_path / "images/another.png", 3)
+    update_index(tmp_path / ".mimco/index", [tmp_path / "images"], load_encoder(SHIPPED_ENCODER))
     run = [sys.executable, "-W", "error", "-c", code]
     done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")

@@ -45,7 +45,7 @@ def test_searching_leaves_nothing_in_the_home_folder(tmp_path: Path) -> None:
     """ONNX Runtime reports to its maker unless told not to, and keeps the machine's id and what is yet to be sent."""
     home = tmp_path / "home"
     home.mkdir()
-    code = "import pathlib; from mimco_deploy.serving.encoders import load_encoder; load_encoder(pathlib.Path('encoder'))"
+    code = "from mimco_deploy.serving.encoders import load_encoder, Path; load_encoder(Path('encoder'))"
     tiny_bundle(tmp_path / "encoder")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("ORT_", "XDG_"))}
     run = subprocess.run(
