@@ -105,6 +105,7 @@ def set_up_logging(verbose: bool, silent: bool = False) -> None:
     handler.addFilter(_make_plain)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     logging.getLogger("timm").setLevel(logging.ERROR)  # speaks of schedules of a few steps
+    logging.getLogger("huggingface_hub").propagate = False  # writes to stderr itself
     level = logging.ERROR if silent else logging.INFO if verbose else logging.WARNING
     logging.getLogger("mimco_deploy").setLevel(level)
 

@@ -20,7 +20,7 @@ from mimco_deploy.commands.common import (
     say_if_shipped,
 )
 from mimco_deploy.errors import plain
-from mimco_deploy.shipped import encoder_of
+from mimco_deploy.shipped import NAME, SHIPPED_ENCODER, encoder_of
 from mimco_deploy.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def _evaluate(
 def _check_readable(path: Path) -> None:
     """Refuse what is neither a bundle nor a checkpoint, or a broken one, without loading it."""
     if _is_checkpoint(path):
-        with extra("export"):
+        with extra("train,export"):
             from mimco_deploy.training.checkpoint import read_checkpoint
         read_checkpoint(path)
         return
@@ -184,9 +184,9 @@ def _loaded(workspace: Workspace, path: Path | None, device: Device) -> Iterator
     bundle = path or encoder_of(workspace)
     say_if_shipped(bundle)
     if not _is_checkpoint(bundle):
-        yield str(bundle), load_encoder(bundle, device)
+        yield NAME if bundle == SHIPPED_ENCODER else str(bundle), load_encoder(bundle, device)
         return
-    with extra("export"):
+    with extra("train,export"):
         from mimco_deploy.export.pipeline import export_encoder
         from mimco_deploy.export.student import from_checkpoint
         from mimco_deploy.training.checkpoint import read_checkpoint

@@ -153,11 +153,10 @@ def _export_onnx(
     image_size: int | None,
     **options: Any,
 ) -> Exported:
-    with extra("train"):
-        from mimco_deploy.training.checkpoint import read_checkpoint
-    with extra("export"):
+    with extra("train,export"):
         from mimco_deploy.export.pipeline import ExportOptions, export_encoder
         from mimco_deploy.export.student import from_checkpoint, from_model
+        from mimco_deploy.training.checkpoint import read_checkpoint
 
     if model is not None:
         source = from_model(model)
