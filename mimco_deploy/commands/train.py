@@ -16,9 +16,11 @@ from mimco_deploy.errors import ConfigError
 from mimco_deploy.workspace import Workspace
 
 if TYPE_CHECKING:
+    from mimco_deploy.training.checkpoint import Checkpoint
     from mimco_deploy.training.config import Stage1Config, Stage2Config
     from mimco_deploy.training.finetune_config import FinetuneConfig, LinearConfig
     from mimco_deploy.training.loop import StepReport
+    from mimco_deploy.training.supervised_checkpoint import SavedRun
 
     ConfigT = TypeVar("ConfigT", Stage1Config, Stage2Config, FinetuneConfig, LinearConfig)
 
@@ -93,7 +95,7 @@ def stage1(workspace: Workspace, /, as_json: bool, plan: bool, **options: Any) -
     if options["grad_accum"] == "auto" and resume is None:
         config = _fit_to_memory(config)
     if plan:
-        _print_plan(config, as_json)
+        _print_plan(config, resume, as_json)
         return
     with _training_bar("stage 1") as show:
         train_stage1(config, workspace.stage1, resume=resume, on_step=show)
@@ -133,7 +135,7 @@ def stage2(workspace: Workspace, /, as_json: bool, plan: bool, **options: Any) -
     if options["grad_accum"] == "auto" and resume is None:
         config = _fit_to_memory(config)
     if plan:
-        _print_plan(config, as_json)
+        _print_plan(config, resume, as_json)
         return
     with _training_bar("stage 2") as show:
         train_stage2(config, workspace.stage2, resume=resume, on_step=show)
@@ -180,7 +182,7 @@ def finetune(workspace: Workspace, /, as_json: bool, plan: bool, **options: Any)
     if options["grad_accum"] == "auto" and resume is None:
         config = _fit_to_memory(config)
     if plan:
-        _print_plan(config, as_json)
+        _print_plan(config, resume, as_json)
         return
     with _training_bar("fine-tuning") as show:
         train_with_labels(config, workspace.finetune, resume=resume, on_step=show)
@@ -205,7 +207,7 @@ def linear(workspace: Workspace, /, as_json: bool, plan: bool, **options: Any) -
     if options["grad_accum"] == "auto" and resume is None:
         config = _fit_to_memory(config)
     if plan:
-        _print_plan(config, as_json)
+        _print_plan(config, resume, as_json)
         return
     with _training_bar("linear probe") as show:
         train_with_labels(config, workspace.linear, resume=resume, on_step=show)
@@ -225,19 +227,23 @@ def _fit_to_memory(config: ConfigT) -> ConfigT:
     return fit_to_memory(config)
 
 
-def _print_plan(config: Stage1Config | Stage2Config | FinetuneConfig | LinearConfig, as_json: bool) -> None:
+def _print_plan(
+    config: Stage1Config | Stage2Config | FinetuneConfig | LinearConfig,
+    resume: Checkpoint | SavedRun | None,
+    as_json: bool,
+) -> None:
     from mimco_deploy.training.plan import plan_run
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("--plan in several processes", expected="one, without torchrun: it measures a single device")
-    plan = plan_run(config)
+    plan = plan_run(config, resume)
     if as_json:
         print_json(asdict(plan))
         return
     fits = "fits" if plan.micro_batch <= plan.largest_micro_batch else "does not fit"
     rows = {
         "parameters": f"{plan.encoder_parameters:,} of the encoder, {plan.trained_parameters:,} trained with heads",
-        "run": f"{plan.steps:,} steps over {plan.pictures:,} pictures",
+        "run": f"{plan.steps:,} steps{' left' if resume else ''} over {plan.pictures:,} pictures",
         "micro-batch": f"{plan.micro_batch} images × {plan.accumulate}; up to {plan.largest_micro_batch} at once fit",
         "memory": f"{plan.step_mib:,.0f} MiB a step of {plan.available_mib:,.0f} free ({plan.fixed_mib:,.0f} and "
         f"{plan.image_mib:.1f} an image): {fits}",

@@ -28,7 +28,7 @@ from mimco_deploy.atomic import current_dir, staged_dir
 from mimco_deploy.errors import CheckpointError
 from mimco_deploy.training.backbone import UNSTATED, Backbone, save_as_timm
 from mimco_deploy.training.config import BackboneConfig, Stage1Config, Stage2Config
-from mimco_deploy.training.method_config import JointConfig, MoBYConfig, MoCoV3Config, Pooling
+from mimco_deploy.training.method_config import Pooling, pooling_of
 from mimco_deploy.training.settings import from_document, to_document
 from mimco_deploy.training.teacher import Teacher
 
@@ -231,10 +231,7 @@ def load_encoder(checkpoint: Checkpoint) -> tuple[Backbone, Pooling]:
     }
     load_strictly(backbone, state, checkpoint.path)
     backbone.licence = _licence(checkpoint.teacher, checkpoint.start)
-    method = checkpoint.config.method
-    if isinstance(method, MoCoV3Config | MoBYConfig | JointConfig):  # their losses train the model's own vector
-        return backbone, backbone.own_pooling
-    return backbone, method.pooling
+    return backbone, pooling_of(checkpoint.config.method, backbone.own_pooling)
 
 
 def load_strictly(module: nn.Module, state: dict[str, Tensor], source: Path) -> None:

@@ -25,12 +25,14 @@ from mimco_deploy.training.config import Stage1Config, Stage2Config
 from mimco_deploy.training.corpus import Corpus
 from mimco_deploy.training.data import MakeViews, StepSampler, Views, load_batches
 from mimco_deploy.training.distributed import any_process, is_main, mean_of_all, world_size
-from mimco_deploy.training.monitor import RunLog, check_alive, check_finite
+from mimco_deploy.training.monitor import COLLAPSED, RunLog, check_alive, check_finite, collapse_limit
 from mimco_deploy.training.step import Stepper
 from mimco_deploy.training.watch import Watch
 
 REPORT_EVERY_S = 30.0
 """Seconds between two reports that only draw the log again; each checkpoint brings one as well."""
+REPORT_SHARE = 0.02
+"""Most of the time that these reports take: the log of a long run takes seconds to read."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ class _Records:
         self._stepper, self._config, self._corpus, self._folder = stepper, config, corpus, folder
         self._meter, self._watch, self._on_step = meter, watch, on_step
         self._log = RunLog(folder, step) if watch is not None else None
-        self._reported = -math.inf
+        self._report_due = -math.inf
 
     def log(self, step: int) -> None:
         """Write a row for the steps done, and now and then the report.
@@ -156,9 +158,10 @@ class _Records:
         rates = {"lr": self._stepper.lr, "images_per_s": meter.images_per_s, "waiting": meter.share}
         self._log.write(step - 1, {**row, **rates})
         self._on_step(StepReport(step, total, row, meter.images_per_s, meter.share))
-        if time.monotonic() - self._reported > REPORT_EVERY_S:
+        if (start := time.monotonic()) > self._report_due:
             self._watch.update(step, total, look=not self._watch.has_looked)
-            self._reported = time.monotonic()
+            now = time.monotonic()
+            self._report_due = now + max(REPORT_EVERY_S, (now - start) / REPORT_SHARE)
 
     def save(self, step: int) -> None:
         """Write the checkpoint, and the report with a look at the probe's pictures.
@@ -245,6 +248,7 @@ class _Meter:
         self._pending: list[tuple[int, dict[str, Tensor]]] = []
         self.checked: list[tuple[int, dict[str, float]]] = []
         """Steps looked at since the last row of the log, with their metrics."""
+        self._limit: float | None = None
         self._waited = 0.0
         self._steps = 0
         self._since = time.perf_counter()
@@ -273,7 +277,9 @@ class _Meter:
         for (step, _), values in zip(self._pending, mean_of_all(table).tolist(), strict=True):
             row = dict(zip(names, values, strict=True))
             self.checked.append((step, row))
-            check_alive(step, row)
+            if self._limit is None and "feature_spread" in row:
+                self._limit = collapse_limit(row["feature_spread"])
+            check_alive(step, row, self._limit or COLLAPSED)
         self._pending.clear()
 
     def flush(self) -> dict[str, float]:

@@ -213,6 +213,16 @@ Stage1Method = MoCoV3Config | MoBYConfig
 Stage2Method = MimCoConfig | FDConfig | SimMIMConfig | MAEConfig | JointConfig
 
 
+def pooling_of(method: Stage1Method | Stage2Method, own: Pooling) -> Pooling:
+    """The pooling that a method's loss trains.
+
+    Args:
+        method: settings.
+        own: how the backbone's own vector is pooled, which contrastive losses of whole images train.
+    """
+    return own if isinstance(method, MoCoV3Config | MoBYConfig | JointConfig) else method.pooling
+
+
 def _check_positive(config: object, *names: str) -> None:
     for name in names:
         require(getattr(config, name) > 0, f"method.{name}", getattr(config, name), "above 0")

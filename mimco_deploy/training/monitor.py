@@ -17,6 +17,8 @@ from mimco_deploy.errors import TrainingError
 COLLAPSED = 1e-2
 """Feature spread below which embeddings no longer tell images apart. bf16 alone rounds equal features to 3e-3 to 5e-3;
 untrained encoders were seen at 3e-2 and more, trained ones at 0.3."""
+EQUAL = 1e-4
+"""Features that differ by rounding alone, in fp32."""
 
 
 @torch.no_grad()
@@ -36,8 +38,21 @@ def spread(features: Tensor) -> Tensor:
     return normalised.std(dim=0, correction=0).mean() * math.sqrt(features.shape[1])
 
 
-def check_alive(step: int, row: Mapping[str, float]) -> None:
+def collapse_limit(first: float) -> float:
+    """The spread below which features have collapsed, for a run whose first step had the spread `first`.
+
+    Untrained encoders tell dark pictures with little on them apart by less than `COLLAPSED`, and learn to all the same.
+    """
+    return max(EQUAL, min(COLLAPSED, first / 4))
+
+
+def check_alive(step: int, row: Mapping[str, float], limit: float = COLLAPSED) -> None:
     """Stop a run that can no longer learn.
+
+    Args:
+        step: counted from 0.
+        row: what is logged of it.
+        limit: of `collapse_limit`.
 
     Raises:
         TrainingError: a logged value is NaN or infinite, or the features collapsed; names the step.
@@ -45,14 +60,14 @@ def check_alive(step: int, row: Mapping[str, float]) -> None:
     for name, value in row.items():
         if not math.isfinite(value):
             raise TrainingError(
-                f"step {step}: {name} is {value}",
+                f"step {step + 1}: {name} is {value}",
                 expected="a finite number; a lower optim.base_lr or a longer optim.warmup_epochs often helps",
                 step=step,
             )
-    if row.get("feature_spread", 1.0) < COLLAPSED:  # methods that predict pixels have no embedding to collapse
+    if row.get("feature_spread", 1.0) < limit:  # methods that predict pixels have no embedding to collapse
         raise TrainingError(
-            f"step {step}: features collapsed, spread {row['feature_spread']:.2e}",
-            expected=f"at least {COLLAPSED:.0e}; a lower optim.base_lr or a larger run.global_batch_size often helps",
+            f"step {step + 1}: features collapsed, spread {row['feature_spread']:.2e}",
+            expected=f"at least {limit:.0e}; a lower optim.base_lr or a larger run.global_batch_size often helps",
             step=step,
         )
 
@@ -66,7 +81,7 @@ def check_finite(step: int, method: nn.Module) -> None:
     for name, parameter in method.named_parameters():
         if not torch.isfinite(parameter).all():
             raise TrainingError(
-                f"step {step}: {name} holds NaN or infinity",
+                f"step {step + 1}: {name} holds NaN or infinity",
                 expected="finite weights; a lower optim.base_lr or a longer optim.warmup_epochs often helps",
                 step=step,
             )

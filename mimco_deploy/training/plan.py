@@ -26,16 +26,17 @@ from torch import Tensor, nn
 
 from mimco_deploy.errors import ConfigError
 from mimco_deploy.sources import find_pictures
+from mimco_deploy.training.checkpoint import Checkpoint
 from mimco_deploy.training.classifier import FineTuned, LinearProbe, build_classifier
 from mimco_deploy.training.config import Stage1Config, Stage2Config
 from mimco_deploy.training.data import MakeViews, Views, fewest_parts
 from mimco_deploy.training.distributed import world_size
 from mimco_deploy.training.finetune_config import FinetuneConfig, LinearConfig
 from mimco_deploy.training.labelled import number_classes, with_label
-from mimco_deploy.training.published import load_teacher
-from mimco_deploy.training.stages import build_stage1, build_stage2, fit_stage, start_encoder
+from mimco_deploy.training.stages import build_stage1, build_stage2, fit_stage, start_encoder, teacher_of
 from mimco_deploy.training.step import Stepper
 from mimco_deploy.training.supervised import LabelledStepper, fit_run, make_views, mixes
+from mimco_deploy.training.supervised_checkpoint import SavedRun
 
 Config = Stage1Config | Stage2Config | FinetuneConfig | LinearConfig
 ConfigT = TypeVar("ConfigT", Stage1Config, Stage2Config, FinetuneConfig, LinearConfig)
@@ -63,7 +64,7 @@ class Plan:
     pictures: int
     """In the corpus."""
     steps: int
-    """Optimiser steps of the whole run."""
+    """Optimiser steps of the run, of a resumed one those that are left."""
     micro_batch: int
     """Images that a process computes at once."""
     accumulate: int
@@ -88,10 +89,14 @@ class Plan:
     """Two checkpoints: one is written beside the other."""
 
 
-def plan_run(config: Config) -> Plan:
+def plan_run(config: Config, resume: Checkpoint | SavedRun | None = None) -> Plan:
     """Find the pictures, build the method and measure it; nothing is trained or written.
 
     What it costs to measure a run with labels after each epoch is not in it.
+
+    Args:
+        config: of the run.
+        resume: where it goes on from; what is done is not planned again.
 
     Raises:
         MimcoError: there are no pictures, or the method cannot be built.
@@ -104,16 +109,20 @@ def plan_run(config: Config) -> Plan:
     if isinstance(config, FinetuneConfig | LinearConfig):
         classes, _, _ = number_classes(found, find_pictures(config.val))
         config = fit_run(config, len(found))
-        method, views = build_classifier(config, len(classes)), make_views(config)
-    elif isinstance(config, Stage1Config):
-        config = fit_stage(config, len(found))
-        method, views = build_stage1(config)
-        start_encoder(method, config.start_from)
+        assert not isinstance(resume, Checkpoint)
+        method, views = build_classifier(config, len(classes), resume), make_views(config)
+        done = resume.progress.step if resume else 0
     else:
-        config = fit_stage(config, len(found))
-        method, views = build_stage2(config, load_teacher(config.teacher) if config.teacher else None)
-        start_encoder(method, config.start_from)
-    return make_plan(config, method.to(device), views, len(found))
+        assert not isinstance(resume, SavedRun)
+        if isinstance(config, Stage1Config):
+            config = fit_stage(config, len(found))
+            method, views = build_stage1(config)
+        else:
+            config = fit_stage(config, len(found))
+            method, views = build_stage2(config, teacher_of(config, resume))
+        start_encoder(method, config.start_from, resume)
+        done = resume.step if resume else 0
+    return make_plan(config, method.to(device), views, len(found), done)
 
 
 def fit_to_memory(config: ConfigT) -> ConfigT:
@@ -154,7 +163,7 @@ class _Probe:
     seconds: float
 
 
-def make_plan(config: Config, method: nn.Module, make_views: MakeViews, pictures: int) -> Plan:
+def make_plan(config: Config, method: nn.Module, make_views: MakeViews, pictures: int, done: int = 0) -> Plan:
     """Measure two small steps of a method, and reckon.
 
     Args:
@@ -162,6 +171,7 @@ def make_plan(config: Config, method: nn.Module, make_views: MakeViews, pictures
         method: on its device; its weights are changed.
         make_views: of the method.
         pictures: in the corpus.
+        done: steps that a resumed run has behind it.
 
     Raises:
         ConfigError: there are fewer pictures than a batch; `DoesNotFitError`: see there.
@@ -169,7 +179,7 @@ def make_plan(config: Config, method: nn.Module, make_views: MakeViews, pictures
     run = config.run
     if pictures < run.global_batch_size:
         raise ConfigError(f"{pictures} pictures", expected=f"at least a batch of {run.global_batch_size}")
-    steps = pictures // run.global_batch_size * run.epochs
+    steps = max(0, pictures // run.global_batch_size * run.epochs - done)
     once = dataclasses.replace(config, run=dataclasses.replace(run, accumulate=1, compile="off"))
     stepper: Stepper | LabelledStepper
     if isinstance(once, FinetuneConfig | LinearConfig):

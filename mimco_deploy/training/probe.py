@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from mimco_deploy.errors import DataError
 from mimco_deploy.preprocess import preprocess
@@ -188,12 +188,6 @@ def write_sights(folder: Path, sights: list[Sight]) -> None:
     """Keep them for a resumed run."""
     text = "".join(json.dumps(asdict(sight)) + "\n" for sight in sights)
     (folder / "probe.jsonl").write_text(text, encoding="utf-8")
-
-
-def pooling_of(method: nn.Module, encoder: Backbone) -> str:
-    """What the method's loss trains of the encoder's output."""
-    config = getattr(method, "config", None)
-    return str(getattr(config, "pooling", encoder.own_pooling))
 
 
 def make_probe(corpus: Corpus, image_size_px: int) -> Probe | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -98,7 +99,7 @@ def _chart(name: str, meaning: str, points: Sequence[tuple[float, float]], unit:
     points = [(x, y) for x, y in points if math.isfinite(y)]
     if not points:
         return ""
-    points = points[:: max(1, len(points) // 400)] + points[-1:]
+    points = _thin(points)
     xs, ys = [x for x, _ in points], [y for _, y in points]
     low, high = min(ys), max(ys)
     across, up = (max(xs) - min(xs)) or 1.0, (high - low) or 1.0
@@ -114,6 +115,18 @@ def _chart(name: str, meaning: str, points: Sequence[tuple[float, float]], unit:
         f"<circle cx='{last[0]}' cy='{last[1]}' r='3'/></svg>"
         f"<p class='soft'>{html.escape(meaning)}; {low:.4g} to {high:.4g}</p></figure>"
     )
+
+
+def _thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Few enough to draw: of each part of the line its least and its greatest value, so that no spike is lost."""
+    size = math.ceil(len(points) / 400)
+    parts = [points[start : start + size] for start in range(0, len(points), size)]
+    kept = [sorted({min(part, key=_value), max(part, key=_value)}) for part in parts]
+    return list(dict.fromkeys([*itertools.chain(*kept), points[-1]]))
+
+
+def _value(point: tuple[float, float]) -> float:
+    return point[1]
 
 
 def _strips(sight: Sight, probe: Probe) -> str:

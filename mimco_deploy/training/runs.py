@@ -15,7 +15,7 @@ from mimco_deploy.errors import CheckpointError, ConfigError, WorkspaceError
 from mimco_deploy.training.checkpoint import Checkpoint, is_checkpoint, read_checkpoint
 from mimco_deploy.training.config import BackboneConfig, Stage1Config, Stage2Config
 from mimco_deploy.training.data import resize_batch
-from mimco_deploy.training.method_config import MimCoConfig
+from mimco_deploy.training.method_config import FDConfig, MimCoConfig
 from mimco_deploy.training.presets import PRESETS, WITH_TEACHER, Recipe, with_stage1_method, with_stage2_method
 from mimco_deploy.training.published import load_teacher
 from mimco_deploy.training.settings import apply_settings, differences
@@ -77,6 +77,8 @@ class Request:
             config = dataclasses.replace(config, start_from=whole(self.start_from))
         first = f"method.init_from_teacher={start}" if start is not None and is_mimco else ""
         config = apply_settings(config, filter(None, (first, *self.settings)))
+        if isinstance(config.method, FDConfig) and any(setting.startswith("mask.") for setting in self.settings):
+            raise ConfigError("a mask with --method fd", expected="another method: feature distillation hides nothing")
         if config.start_from and isinstance(config.method, MimCoConfig) and config.method.init_from_teacher:
             raise ConfigError("--start-from with method.init_from_teacher", expected="one of them")
         return config

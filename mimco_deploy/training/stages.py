@@ -40,7 +40,7 @@ from mimco_deploy.training.methods.simmim import SimMIM
 from mimco_deploy.training.published import load_teacher
 from mimco_deploy.training.run_folder import make_way, only_writer
 from mimco_deploy.training.schedules import check_warmup
-from mimco_deploy.training.step import Method
+from mimco_deploy.training.step import Method, compiles
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +71,7 @@ def train_stage1(
         torch.manual_seed(config.run.seed)
         method, make_views = build_stage1(config)
         start_encoder(method, config.start_from, resume)
+        compiles(config.run, device)  # if it cannot be, nothing is moved aside
         make_way(folder, resuming=resume is not None)
         train(method.to(device), config, corpus, make_views, folder, asked=asked, resume=resume, on_step=on_step)
 
@@ -90,12 +91,13 @@ def train_stage2(
         MimcoError: see `load_corpus`, `published.load_teacher` and `loop.train`.
     """
     with process_group() as device, only_writer(folder):
-        teacher = _teacher(config, resume)
+        teacher = teacher_of(config, resume)
         corpus = load_corpus(config.data)
         asked, config = config, _fit_and_tell(config, len(corpus), resume)
         torch.manual_seed(config.run.seed)
         method, make_views = build_stage2(config, teacher)
         start_encoder(method, config.start_from, resume)
+        compiles(config.run, device)  # if it cannot be, nothing is moved aside
         make_way(folder, resuming=resume is not None)
         train(method.to(device), config, corpus, make_views, folder, asked=asked, resume=resume, on_step=on_step)
 
@@ -143,7 +145,7 @@ def build_stage2(config: Stage2Config, teacher: tuple[Backbone, Pooling] | None)
             return joint, MaskedTwoViews(side, views, joint.mask_shape, mask.kind, recipes=recipes)
 
 
-def _teacher(config: Stage2Config, resume: Checkpoint | None) -> tuple[Backbone, Pooling] | None:
+def teacher_of(config: Stage2Config, resume: Checkpoint | None) -> tuple[Backbone, Pooling] | None:
     """The teacher from its source; of a resumed run a blank one, whose weights come with the checkpoint."""
     if not isinstance(config.method, MimCoConfig | FDConfig):
         return None

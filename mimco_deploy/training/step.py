@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from mimco_deploy.errors import ConfigError
 from mimco_deploy.training.augment import ToInputs
 from mimco_deploy.training.backbone import Backbone, write_attention_out
 from mimco_deploy.training.config import RunConfig, Stage1Config, Stage2Config
@@ -146,12 +147,23 @@ def uses_bf16(run: RunConfig, width: int, device: torch.device) -> bool:
     return computes_bf16(device) and (device.type == "cuda" or width >= WIDE)
 
 
+_COMPILERS = {"cuda": ("CC", "cc", "gcc", "clang"), "cpu": ("CXX", "c++", "g++", "clang++")}
+"""What torch compiles with on a device: an environment variable, and names."""
+
+
 def compiles(run: RunConfig, device: torch.device) -> bool:
-    """Whether backbones are compiled: where asked, and by default on GPUs, where the minutes it takes come back."""
-    if run.compile != "auto" or device.type != "cuda":
-        return run.compile == "on"
-    if any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+    """Whether backbones are compiled: where asked, and by default on GPUs, where the minutes it takes come back.
+
+    Raises:
+        ConfigError: it was asked for, and there is no compiler for C or C++, which it needs.
+    """
+    if run.compile == "off" or (run.compile == "auto" and device.type != "cuda"):
+        return False
+    variable, *names = _COMPILERS[device.type]
+    if any(map(shutil.which, (os.environ.get(variable, names[0]), *names))):
         return True
+    if run.compile == "on":
+        raise ConfigError("run.compile on without a compiler", expected=f"{names[0]} or what {variable} names, or off")
     logger.warning("no C compiler, which compiled steps need: they run as they are, and take longer")
     return False
 

@@ -72,6 +72,7 @@ def train_with_labels(
         torch.manual_seed(config.run.seed)
         method = build_classifier(config, len(corpus.classes), resume).to(device)
         validation.geometry = method.encoder.geometry
+        compiles(config.run, device)  # if it cannot be, nothing is moved aside
         make_way(folder, resuming=resume is not None)
         run = _Run(method, config, asked, corpus, validation, folder, resume, on_step)
         try:

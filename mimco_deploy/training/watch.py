@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import torch
@@ -15,9 +16,14 @@ from mimco_deploy.training.backbone import Backbone
 from mimco_deploy.training.config import Stage1Config, Stage2Config
 from mimco_deploy.training.corpus import Corpus
 from mimco_deploy.training.data import MakeViews, StepSampler, load_batches, seed_for
-from mimco_deploy.training.probe import SHOWN, make_probe, pooling_of, read_sights, write_sights
+from mimco_deploy.training.method_config import pooling_of
+from mimco_deploy.training.probe import SHOWN, make_probe, read_sights, write_sights
 from mimco_deploy.training.report import write_report
 
+logger = logging.getLogger(__name__)
+
+NARROW = 2.0
+"""Effective rank below which embeddings, though spread, lie along a single direction and around it."""
 _REPORT_STREAM = 2  # of random numbers, beside those of views and model
 
 
@@ -43,7 +49,7 @@ class Watch:
         step: int,
     ) -> None:
         assert isinstance(method.encoder, Backbone)
-        self._encoder, self._pooling = method.encoder, pooling_of(method, method.encoder)
+        self._encoder, self._pooling = method.encoder, pooling_of(config.method, method.encoder.own_pooling)
         self._config, self._corpus, self._make_views, self._folder = config, corpus, make_views, folder
         self._probe = make_probe(corpus, config.backbone.image_size_px)
         earlier = read_sights(folder, step) if step and self._probe is not None else []
@@ -63,6 +69,18 @@ class Watch:
         if seen is not None:
             self._sights = [*(sight for sight in self._sights if sight.step < step), seen]
             write_sights(self._folder, self._sights)
+            if narrow := self._narrow():
+                logger.warning("%s", narrow)
+
+    def _narrow(self) -> str:
+        """What to say where the spread is sound and the embeddings are not: along one direction no loss is learned."""
+        first, last = self._sights[0], self._sights[-1]
+        if last.effective_rank >= min(NARROW, first.effective_rank / 2):
+            return ""
+        return (
+            f"after step {last.step} the effective rank of embeddings is {last.effective_rank:.1f}, at first it was "
+            f"{first.effective_rank:.1f}: they have all but collapsed; a lower optim.base_lr often helps"
+        )
 
     def update(self, step: int, total_steps: int, *, look: bool) -> None:
         """Write the report; with `look` embed the probe's pictures first."""
@@ -78,11 +96,12 @@ class Watch:
         except (OSError, SafetensorError) as failed:  # which must not hide what went wrong first
             kept = f"its batch could not be kept: {failed}"
         self._look(error.step + 1)  # steps done; after the last good look, which stays
-        self._write(f"ended at step {error.step:,}", alarm=f"{error}; {kept}")
+        self._write(f"ended at step {error.step + 1:,}", alarm=f"{error}; {kept}")
         return TrainingError(f"{error.found} ({kept})", expected=error.expected, step=error.step)
 
     def _write(self, progress: str, alarm: str = "") -> None:
         name = self._config.backbone.name
+        alarm = alarm or (self._narrow() if self._sights else "")
         title = f"{self._config.method.name} · {name} · {self._config.backbone.image_size_px} px"
         write_report(
             self._folder, title, progress, sights=self._sights, probe=self._probe, masked=self._masked, alarm=alarm
@@ -90,7 +109,8 @@ class Watch:
 
     def _draw_masks(self) -> list[tuple[Tensor, Tensor]]:
         """A few pictures as the method sees them, where it has masks that views draw."""
-        if self._probe is None:
+        mask = getattr(self._config, "mask", None)
+        if self._probe is None or (mask is not None and mask.kind.startswith("attention")):  # the teacher draws those
             return []
         shown = []
         with torch.random.fork_rng(devices=[]):
@@ -113,8 +133,14 @@ class Watch:
             if micro == run.accumulate:
                 break
             tensors |= {f"micro{micro}.view{number}": view.contiguous() for number, view in enumerate(views)}
-            slots += [self._corpus.pictures[index].name for index, _ in taken]
+            slots += [self._name_of(index) for index, _ in taken]
         batches.close()
-        path = self._folder / f"replay-{step}.safetensors"
+        path = self._folder / f"replay-{step + 1}.safetensors"
         save_file(tensors, path, metadata={"step": str(step), "seed": str(run.seed), "pictures": json.dumps(slots)})
+        path.chmod((self._folder / "log.jsonl").stat().st_mode)  # safetensors writes for the owner alone
         return path
+
+    def _name_of(self, index: int) -> str:
+        """The picture that stands in for one that cannot be decoded, else the picture itself."""
+        _, refused = self._corpus.get(index)
+        return self._corpus.pictures[(index + len(refused)) % len(self._corpus)].name

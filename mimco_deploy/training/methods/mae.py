@@ -65,6 +65,8 @@ class MAE(nn.Module):
             raise ConfigError(f"MAE with {backbone.name}", expected="a ViT with a CLS token, which can encode a part")
         self.patch_px = self.encoder.patch_px
         self.mask_shape = mask_shape(backbone.image_size_px, self.patch_px, mask)
+        if self.mask_shape.masked_patches == self.encoder.grid**2:
+            raise ConfigError(f"mask.mask_ratio {mask.mask_ratio} hides every patch", expected="one visible at least")
         width = config.decoder_dim
         self.mask_token = nn.Parameter(nn.init.normal_(torch.empty(1, 1, width), std=0.02))
         positions = sincos_positions(width, self.encoder.grid).unsqueeze(0)

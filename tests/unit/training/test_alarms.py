@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from mimco_deploy.training.checkpoint import read_checkpoint
 from mimco_deploy.training.corpus import load_corpus
 from mimco_deploy.training.loop import train
 from mimco_deploy.training.masking import mask_shape
-from mimco_deploy.training.monitor import COLLAPSED, RunLog, check_alive, spread
+from mimco_deploy.training.monitor import COLLAPSED, EQUAL, RunLog, check_alive, collapse_limit, spread
 from mimco_deploy.training.probe import read_sights
 from mimco_deploy.training.stages import train_stage1
 from tests.unit.training.small import MASK, Stub, draw_photos, rows_of, stage1_config
@@ -85,9 +86,9 @@ def collapsed(_: Faulty, row: Rows) -> Rows:
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        (nan_loss, "step 2: loss is nan"),
-        (infinite_loss, "step 2: loss is inf"),
-        (collapsed, "step 2: features collapsed"),
+        (nan_loss, "step 3: loss is nan"),
+        (infinite_loss, "step 3: loss is inf"),
+        (collapsed, "step 3: features collapsed"),
     ],
 )
 def test_a_run_that_goes_wrong_names_the_step_and_keeps_the_last_good_checkpoint(
@@ -100,7 +101,7 @@ def test_a_run_that_goes_wrong_names_the_step_and_keeps_the_last_good_checkpoint
 
 
 def test_a_run_that_collapses_before_its_first_checkpoint_shows_what_it_became(tmp_path: Path, photos: Path) -> None:
-    with pytest.raises(TrainingError, match="step 2: features collapsed"):
+    with pytest.raises(TrainingError, match="step 3: features collapsed"):
         run(Faulty(2, collapsed), photos, tmp_path, log_every_steps=1, checkpoint_every_steps=100)
     assert [sight.step for sight in read_sights(tmp_path, 100)] == [1, 3]
 
@@ -143,15 +144,33 @@ def test_a_learning_rate_far_too_high_is_an_error_and_not_a_result(
 def test_any_number_of_the_log_that_is_not_finite_is_an_alarm() -> None:
     check_alive(0, {"loss": 1.0, "feature_spread": 0.5})
     for bad in (math.nan, math.inf, -math.inf):
-        with pytest.raises(TrainingError, match="step 7: patch_loss is") as error:
+        with pytest.raises(TrainingError, match="step 8: patch_loss is") as error:
             check_alive(7, {"loss": 1.0, "patch_loss": bad, "feature_spread": 0.5})
         assert "optim.base_lr" in error.value.expected
 
 
 def test_collapse_is_a_spread_below_the_limit() -> None:
     check_alive(0, {"feature_spread": COLLAPSED * 1.01})
-    with pytest.raises(TrainingError, match="step 3: features collapsed, spread"):
+    with pytest.raises(TrainingError, match="step 4: features collapsed, spread"):
         check_alive(3, {"feature_spread": COLLAPSED * 0.99})
+
+
+@pytest.mark.parametrize(
+    ("first", "limit"), [(0.3, COLLAPSED), (0.04, COLLAPSED), (0.006, 0.0015), (0.0, EQUAL), (math.nan, COLLAPSED)]
+)
+def test_the_limit_is_a_quarter_of_a_small_first_spread(first: float, limit: float) -> None:
+    """Untrained encoders see little of dark pictures; features that are all equal are collapsed for any run."""
+    assert collapse_limit(first) == pytest.approx(limit)
+
+
+@pytest.mark.parametrize(("later", "message"), [(0.5, ""), (0.2, "step 3: features collapsed, spread")])
+def test_a_run_on_pictures_that_hardly_differ_begins(tmp_path: Path, photos: Path, later: float, message: str) -> None:
+    def faint(method: Faulty, row: Rows) -> Rows:
+        share = 1.0 if len(method.progress) <= 2 else later
+        return {**row, "feature_spread": torch.tensor(0.004) * share}
+
+    with pytest.raises(TrainingError, match=message) if message else contextlib.nullcontext():
+        run(Faulty(0, faint), photos, tmp_path / "run")
 
 
 def test_spread_is_0_for_equal_features_and_1_on_the_sphere() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mimco_deploy.errors import ConfigError
 from mimco_deploy.training.backbone import Backbone
+from mimco_deploy.training.config import MaskConfig
 from mimco_deploy.training.losses import first_of, regression
 from mimco_deploy.training.method_config import (
     FDConfig,
@@ -268,6 +269,8 @@ def test_mae_needs_a_vit() -> None:
         MAE(SWIN, MASK, MAEConfig())
     with pytest.raises(ConfigError, match="a width of 32; expected a multiple of its 5 heads"):
         MAE(BACKBONE, MASK, MAEConfig(decoder_dim=32, decoder_heads=5))
+    with pytest.raises(ConfigError, match=r"mask\.mask_ratio 1\.0 hides every patch"):
+        MAE(BACKBONE, MaskConfig(mask_patch_size_px=4, mask_ratio=1.0), MAEConfig())
 
 
 def test_mae_never_sees_what_is_masked() -> None:

@@ -11,11 +11,11 @@ import torch
 from click.testing import CliRunner
 
 from mimco_deploy.cli import main
-from mimco_deploy.errors import ConfigError, DataError, MimcoError
+from mimco_deploy.errors import ConfigError, DataError, MimcoError, TrainingInterrupted
 from mimco_deploy.training import plan as planning
 from mimco_deploy.training.plan import MIB, DoesNotFitError, Plan, fit_accumulation, fit_to_memory, plan_run
-from mimco_deploy.training.stages import train_stage1
-from tests.unit.training.small import BACKBONE, draw_photos, every_method, stage1_config
+from mimco_deploy.training.stages import train_stage1, train_stage2
+from tests.unit.training.small import BACKBONE, draw_photos, every_method, stage1_config, stage2_config, stop_at
 
 
 @pytest.fixture(autouse=True)
@@ -88,6 +88,20 @@ def test_a_run_that_is_there_is_not_in_the_way_of_a_plan(photos: Path, tmp_path:
     assert shown.exit_code == 0, shown.output
     assert "micro-batch  8 images × 1" in shown.output
     assert sorted(path.name for path in (tmp_path / "space").iterdir()) == before
+
+
+def test_the_plan_of_a_resumed_run_is_of_what_is_left_and_needs_no_teacher_elsewhere(
+    photos: Path, tmp_path: Path
+) -> None:
+    space = tmp_path / "space"
+    train_stage1(stage1_config(photos, epochs=1), space / "stage1")
+    with pytest.raises(TrainingInterrupted):
+        train_stage2(stage2_config(photos, space / "stage1" / "last"), space / "stage2", on_step=stop_at(4))
+    (space / "stage1").rename(tmp_path / "elsewhere")
+    command = ["--workspace", str(space), "train", "stage2", "--resume", "--plan"]
+    shown = CliRunner().invoke(main, command)
+    assert shown.exit_code == 0, shown.output
+    assert "2 steps left over 24 pictures" in shown.output
 
 
 def test_a_plan_writes_nothing_and_wants_pictures(tmp_path: Path) -> None:

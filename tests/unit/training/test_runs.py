@@ -162,10 +162,14 @@ def test_fresh_moves_the_run_aside_and_starts_anew(
         {"settings": ("optim.warmup_epochs=100",)},
         {"preset": "vit_huge"},
         {"settings": ("run.accumulate=7",)},
+        {"settings": ("run.compile=on",)},  # without a compiler
     ],
     ids=str,
 )
-def test_fresh_with_a_mistake_leaves_the_run_where_it_is(stage1: Path, photos: Path, mistake: dict[str, Any]) -> None:
+def test_fresh_with_a_mistake_leaves_the_run_where_it_is(
+    stage1: Path, photos: Path, mistake: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _: None)
     before = contents(stage1)
     options = {"data": (photos,), "epochs": 1, "batch_size": 8, **mistake}
     if not mistake:
@@ -276,6 +280,11 @@ def test_stage_2_takes_what_it_is_given_instead(stage1: Path, tmp_path: Path) ->
     assert isinstance(config.method, MimCoConfig)
     assert not config.method.init_from_teacher
     assert config.backbone.depth == (1,)
+
+
+def test_feature_distillation_takes_no_mask(stage1: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="a mask with --method fd; expected another method"):
+        open_stage2(tmp_path / "stage2", stage1, Request(method="fd", settings=("mask.mask_ratio=0.1",)))
 
 
 def test_stage_2_without_a_teacher_names_the_command_that_makes_one(tmp_path: Path) -> None:

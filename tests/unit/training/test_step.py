@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from mimco_deploy.errors import ConfigError
 from mimco_deploy.training import step as stepping
 from mimco_deploy.training.config import Stage2Config
 from mimco_deploy.training.stages import train_stage1
@@ -63,7 +64,9 @@ def test_without_a_compiler_nothing_is_compiled_unless_asked(
     monkeypatch.setattr(shutil, "which", lambda _: None)
     assert not compiles(run_config(compile="auto"), GPU)
     assert "no C compiler" in caplog.text
-    assert compiles(run_config(compile="on"), GPU)
+    for device, name in ((GPU, "cc"), (CPU, r"c\+\+")):
+        with pytest.raises(ConfigError, match=rf"run\.compile on without a compiler; expected {name}"):
+            compiles(run_config(compile="on"), device)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for a CPU by g++")

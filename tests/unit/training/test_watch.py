@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mimco_deploy.errors import TrainingError, TrainingInterrupted
 from mimco_deploy.training.augment import TwoViews
-from mimco_deploy.training.checkpoint import read_checkpoint
+from mimco_deploy.training.checkpoint import load_encoder, read_checkpoint
 from mimco_deploy.training.corpus import load_corpus
 from mimco_deploy.training.data import StepSampler, load_batches
 from mimco_deploy.training.loop import train
@@ -42,6 +42,7 @@ from tests.unit.training.small import (
     every_method,
     rows_of,
     stage1_config,
+    stage2_config,
     stop_at,
     train_any,
 )
@@ -213,6 +214,71 @@ def test_the_report_goes_on_after_a_resume(tmp_path: Path, photos: Path) -> None
     assert [sight.step for sight in read_sights(tmp_path, 4)] == [1, 2, 4]
 
 
+def test_masks_that_the_teacher_draws_are_not_shown_as_drawn_at_random(tmp_path: Path, photos: Path) -> None:
+    train_any(stage1_config(photos, epochs=1), tmp_path / "stage1")
+    config = stage2_config(photos, tmp_path / "stage1" / "last", epochs=1)
+    train_any(dataclasses.replace(config, mask=dataclasses.replace(config.mask, kind="attention")), tmp_path / "run")
+    assert "Masks" not in Page(tmp_path / "run" / "report.html").text
+
+
+def test_what_is_looked_at_is_what_would_be_exported(tmp_path: Path, photos: Path) -> None:
+    """A control that keeps no settings of its own too: SimMIM trains the mean of the patch tokens."""
+    train_any(stage1_config(photos, epochs=1), tmp_path / "stage1")
+    config = every_method(photos, tmp_path / "stage1" / "last")["simmim"]
+    train_any(config, tmp_path / "run")
+    encoder, pooling = load_encoder(read_checkpoint(tmp_path / "run" / "last"))
+    probe = make_probe(load_corpus(config.data), 16)
+    assert probe is not None
+    seen = probe.look(6, encoder, pooling)
+    assert seen is not None
+    assert pooling == "mean"
+    assert read_sights(tmp_path / "run", 6)[-1].spread == pytest.approx(seen.spread, rel=1e-4)
+
+
+def test_no_spike_is_lost_in_a_long_log(tmp_path: Path) -> None:
+    rows = [{"step": step, "loss": 50.0 if step == 1234 else -7.0 if step == 55 else 1.0} for step in range(5000)]
+    (tmp_path / "log.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    write_report(tmp_path, "title", "step 5,000")
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "loss: 1 at step 5000, from -7 to 50" in text
+    drawn = re.findall(r"([\d.]+),([\d.]+)", text.partition("<polyline points='")[2].partition("'")[0])
+    assert len(drawn) < 1000
+    assert min(float(y) for _, y in drawn) == 0  # the top of the chart
+
+
+def test_embeddings_along_one_direction_are_warned_of(
+    tmp_path: Path, photos: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The spread of a batch alone does not rule them out."""
+
+    class Narrow(Stub):
+        def forward(self, view: Tensor, *views: Tensor) -> dict[str, Tensor]:
+            if len(self.progress) > 1:
+                with torch.no_grad():  # all but the constant part of every embedding fades
+                    self.encoder.body.norm.weight.mul_(0.1)
+                    self.encoder.body.norm.bias.fill_(1.0)
+            return {**super().forward(view, *views), "feature_spread": torch.tensor(0.2)}
+
+    config = stage1_config(photos)
+    with caplog.at_level("WARNING"):
+        train(Narrow(), config, load_corpus(config.data), TwoViews(16, config.views), tmp_path)
+    assert re.search(r"after step 6 the effective rank of embeddings is 1\.\d, at first it was [2-9]", caplog.text)
+    assert "they have all but collapsed" in Page(tmp_path / "report.html").text
+
+
+def test_the_replay_names_the_picture_that_stood_in(tmp_path: Path) -> None:
+    draw_photos(tmp_path / "photos")
+    broken = sorted((tmp_path / "photos").rglob("*.jpg"))[0]
+    broken.write_bytes(b"no picture")
+    config = stage1_config(tmp_path / "photos")
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, max_bad_share=0.5))
+    (tmp_path / "run").mkdir()
+    with pytest.raises(TrainingError, match="loss is nan"):
+        train(Broken(), config, load_corpus(config.data), TwoViews(16, config.views), tmp_path / "run")
+    with safe_open(tmp_path / "run/replay-4.safetensors", "pt") as kept:
+        assert str(broken) not in json.loads(kept.metadata()["pictures"])
+
+
 def test_names_are_text_whatever_is_in_them_and_broken_lines_are_passed_over(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_text('{"step": 0, "loss": 2.0}\n{"step": 1, "lo', encoding="utf-8")
     write_report(tmp_path, "<script>x</script>", "step 1", alarm="<b>bad</b> & worse")
@@ -239,14 +305,16 @@ def test_the_batch_of_a_step_that_went_wrong_is_kept(tmp_path: Path, photos: Pat
     config = stage1_config(photos, accumulate=accumulate, log_every_steps=6)
     corpus, views = load_corpus(config.data), TwoViews(16, config.views)
     with pytest.raises(
-        TrainingError, match=r"step 3: loss is nan \(its batch is in .*replay-3\.safetensors\)"
+        TrainingError, match=r"step 4: loss is nan \(its batch is in .*replay-4\.safetensors\)"
     ) as error:
         train(Broken(), config, corpus, views, tmp_path)
     assert error.value.step == 3
 
     sampler = StepSampler(len(corpus), config.run, 3)
     batches = load_batches(corpus, views, sampler, config.run.seed, workers=0)
-    with safe_open(tmp_path / "replay-3.safetensors", "pt") as kept:
+    mode = (tmp_path / "replay-4.safetensors").stat().st_mode
+    assert mode == (tmp_path / "log.jsonl").stat().st_mode  # for whoever may read the log
+    with safe_open(tmp_path / "replay-4.safetensors", "pt") as kept:
         for micro in range(accumulate):
             given, _ = next(batches)
             for number, view in enumerate(given):
@@ -255,7 +323,7 @@ def test_the_batch_of_a_step_that_went_wrong_is_kept(tmp_path: Path, photos: Pat
         assert len(json.loads(kept.metadata()["pictures"])) == 8
         assert len(list(kept.keys())) == 2 * accumulate
     page = Page(tmp_path / "report.html")
-    assert "ended at step 3" in page.text
-    assert re.search(r"loss is nan.*replay-3\.safetensors", page.text)
+    assert "ended at step 4" in page.text
+    assert re.search(r"loss is nan.*replay-4\.safetensors", page.text)
     assert [row["step"] for row in rows_of(tmp_path)] == [0, 1, 2, 3]  # what led to it
     assert "loss" not in rows_of(tmp_path)[-1]
