@@ -47,8 +47,8 @@ p { margin: 0; }
 ol { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 190px), 1fr)); gap: 1rem; margin: 0;
   padding: 0; list-style: none; }
 li { overflow: hidden; border: 1px solid var(--line); border-radius: 12px; background: var(--card); }
-.well { display: grid; place-items: center; overflow: hidden; aspect-ratio: 1; border-radius: 12px;
-  background: var(--well); }
+.well { display: grid; grid-template-rows: 100%; place-items: center; overflow: hidden; aspect-ratio: 1;
+  border-radius: 12px; background: var(--well); }
 li .well { border-radius: 0; }
 .well img { display: block; width: 100%; height: 100%; object-fit: contain; }
 .well span { padding: 1rem; color: var(--soft); text-align: center; }
