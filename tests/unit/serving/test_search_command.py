@@ -1,0 +1,226 @@
+"""`mimco search` from a shell."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from mimco_deploy.cli import main
+from mimco_deploy.serving import update_index
+from mimco_deploy.serving.encoders import load_encoder
+from tests.helpers import CountingEncoder, gallery, noise, save, tiny_bundle
+
+COUNT = 60
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workspace = tmp_path_factory.mktemp("query").resolve()
+    gallery(workspace / "photos", COUNT)
+    tiny_bundle(workspace / "encoder")
+    update_index(workspace / "index", [workspace / "photos"], CountingEncoder())
+    return workspace
+
+
+def run(workspace: Path, *words: object, stdin: bytes = b"") -> Result:
+    return CliRunner().invoke(main, ["--workspace", str(workspace), "search", *map(str, words)], input=stdin)
+
+
+def test_a_picture_on_stdin_and_lists_are_searched(workspace: Path) -> None:
+    path = workspace / "photos/0008.png"
+    piped = json.loads(run(workspace, "-", "-k", 2, "--json", stdin=path.read_bytes()).stdout)
+    assert (piped["query"], piped["hits"][0]["path"]) == ("-", str(path))
+    paths = [workspace / f"photos/000{number}.png" for number in (1, 2, 3)]
+    for separator in (b"\n", b"\0"):
+        listed = run(workspace, "--list", "-", "-k", 1, "--json", stdin=separator.join(map(os.fsencode, paths)))
+        lines = [json.loads(line) for line in listed.stdout.splitlines()]
+        assert [line["hits"][0]["path"] for line in lines] == [line["query"] for line in lines] == list(map(str, paths))
+
+
+def test_standard_input_is_the_query_alone(workspace: Path) -> None:
+    refused = run(workspace, workspace / "photos/0001.png", "--plus", "-:2", "--json")
+    assert refused.exit_code == 2
+    assert "standard input is read for the query alone" in refused.stderr
+
+
+def test_json_lines_and_paths_with_nul(workspace: Path) -> None:
+    path = workspace / "photos/0008.png"
+    lines = [json.loads(line) for line in run(workspace, path, "-k", 3, "--jsonl").stdout.splitlines()]
+    keys = {"query", "rank", "path", "score", "content", "expected_by_chance", "confidence"}
+    assert [(line["rank"], line.keys()) for line in lines] == [(1, keys), (2, keys), (3, keys)]
+    raw = run(workspace, path, "-k", 3, "-0").stdout_bytes
+    assert [os.fsdecode(one) for one in raw.split(b"\0")] == [*(line["path"] for line in lines), ""]
+
+
+def test_nothing_found_ends_with_three(workspace: Path) -> None:
+    path = workspace / "photos/0008.png"
+    none = run(workspace, path, "--where", "1 = 0")
+    assert (none.exit_code, none.stdout) == (3, "")
+    assert "nothing found" in none.stderr
+    assert run(workspace, path, "--where", "1 = 0", "--json").exit_code == 3
+    assert run(workspace, path, "-k", 1).exit_code == 0
+
+
+def test_a_query_that_is_none_does_not_stop_the_others(workspace: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.jpg").write_bytes(b"no picture")
+    done = run(workspace, tmp_path / "bad.jpg", workspace / "photos/0001.png", "-k", 1)
+    assert done.exit_code == 0
+    assert "bad.jpg" in done.stderr
+    assert "0001.png" in done.stdout
+    assert run(workspace, tmp_path / "bad.jpg").exit_code == 1
+    all_bad = run(workspace, tmp_path / "bad.jpg", tmp_path / "gone.jpg")
+    assert (all_bad.exit_code, "nothing found" in all_bad.stderr) == (1, False)
+    lines = run(workspace, tmp_path / "bad.jpg", workspace / "photos/0001.png", "-k", 1, "--json").stdout.splitlines()
+    bad, good = map(json.loads, lines)
+    assert "bad.jpg" in bad["error"]
+    assert "error" not in good
+
+
+def test_a_crop_outside_of_one_query_does_not_stop_the_others(workspace: Path, tmp_path: Path) -> None:
+    noise(1).resize((200, 200)).save(tmp_path / "large.png")
+    done = run(workspace, workspace / "photos/0001.png", tmp_path / "large.png", "--crop", "150,150,20,20", "--json")
+    assert done.exit_code == 0
+    assert ["error" in json.loads(line) for line in done.stdout.splitlines()] == [True, False]
+    assert run(workspace, workspace / "photos/0001.png", "--crop", "150,150,20,20").exit_code == 1
+
+
+def test_a_list_of_another_system_and_an_empty_one(workspace: Path) -> None:
+    path = workspace / "photos/0001.png"
+    listed = run(
+        workspace, "--list", "-", "-k", 1, "-0", stdin=os.fsencode(path) + b"\r\n" + os.fsencode(path) + b"\r\n"
+    )
+    assert listed.stdout_bytes == 2 * (os.fsencode(path) + b"\0")
+    empty = run(workspace, "--list", "-", stdin=b"\n")
+    assert (empty.exit_code, "names no picture" in empty.stderr) == (1, True)
+
+
+def test_names_cannot_steer_the_terminal(tmp_path: Path) -> None:
+    tiny_bundle(tmp_path / "encoder")
+    save(tmp_path / "photos/a\x1b]0;mine\x07b.png", 1)
+    update_index(tmp_path / "index", [tmp_path / "photos"], load_encoder(tmp_path / "encoder"))
+    shown = run(tmp_path, save(tmp_path / "query.png", 1)).stdout
+    assert "a�]0;mine�b.png" in shown
+
+
+def test_the_options_narrow_what_is_found(workspace: Path) -> None:
+    path = workspace / "photos/0008.png"
+    every = [json.loads(line) for line in run(workspace, path, "-k", COUNT, "--jsonl").stdout.splitlines()]
+    scored = run(workspace, path, "-k", COUNT, "--jsonl", "--min-score", every[4]["score"]).stdout.splitlines()
+    assert [json.loads(line) for line in scored] == every[:5]
+    sure = run(workspace, path, "-k", COUNT, "--jsonl", "--min-confidence", 0.9).stdout.splitlines()
+    assert [json.loads(line) for line in sure] == [hit for hit in every if hit["confidence"] >= 0.9]
+    where = ("--where", "name < '0005.png'", "--where", "name > '0002.png'")
+    names = [
+        Path(json.loads(line)["path"]).name for line in run(workspace, path, "--jsonl", *where).stdout.splitlines()
+    ]
+    assert sorted(names) == ["0003.png", "0004.png"]
+    assert run(workspace, path, "--root", workspace).exit_code == 0
+    elsewhere = run(workspace, path, "--root", workspace / "encoder")
+    assert (elsewhere.exit_code, "holds no indexed picture" in elsewhere.stderr) == (1, True)
+
+
+def test_weights_and_crops_are_read(workspace: Path, tmp_path: Path) -> None:
+    one, two = workspace / "photos/0001.png", workspace / "photos/0002.png"
+    plain = run(workspace, one, "--plus", f"{two}:0.001", "-k", 1, "--jsonl").stdout
+    heavy = run(workspace, one, "--plus", f"{two}:1000", "-k", 1, "--jsonl").stdout
+    assert (json.loads(plain)["path"], json.loads(heavy)["path"]) == (str(one), str(two))
+    least = run(workspace, one, "--minus", f"{two}:1000", "-k", COUNT, "--jsonl").stdout.splitlines()
+    assert json.loads(least[-1])["path"] == str(two)
+    odd = shutil.copyfile(two, tmp_path / "a:5")  # a name that looks like a weight is a name
+    assert json.loads(run(workspace, one, "--plus", odd, "--minus", one, "-k", 1, "--jsonl").stdout)["path"]
+    assert run(workspace, one, "--crop", "0,0,32,32", "-k", 1).exit_code == 0
+    for wrong in ("0,0,32", "a,b,c,d", "-1,0,5,5", "nan,0,1,1"):
+        assert run(workspace, one, "--crop", wrong).exit_code == 2
+    for wrong in (f"{two}:0", f"{two}:-1", f"{two}:inf"):
+        assert run(workspace, one, "--plus", wrong).exit_code == 2
+
+
+def test_hits_are_copied_without_writing_over_anything(workspace: Path, tmp_path: Path) -> None:
+    path = workspace / "photos/0008.png"
+    assert run(workspace, path, "-k", 2, "--copy-to", tmp_path / "hits").exit_code == 0
+    first, second = sorted((tmp_path / "hits").iterdir())
+    assert first.name == "001-0008.png"
+    assert first.read_bytes() == path.read_bytes()
+    second.write_bytes(b"mine")
+    first.unlink()
+    first.symlink_to(tmp_path / "nowhere")
+    again = run(workspace, path, "-k", 2, "--copy-to", tmp_path / "hits")
+    assert again.stderr.count("exists and is kept") == 2
+    assert second.read_bytes() == b"mine"
+    assert not (tmp_path / "nowhere").exists()
+    assert run(workspace, path, "--copy-to", path / "hits").exit_code == 1
+
+
+def test_a_copy_that_ends_halfway_leaves_nothing(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half(source: io.BufferedReader, copy: io.BufferedWriter) -> None:
+        copy.write(source.read(10))
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfileobj", half)
+    done = run(workspace, workspace / "photos/0008.png", "-k", 1, "--copy-to", tmp_path / "hits")
+    assert (done.exit_code, "cannot be copied (No space left on device)" in done.stderr) == (1, True)
+    assert list((tmp_path / "hits").iterdir()) == []
+
+
+def test_hits_of_one_name_and_of_long_names_are_copied_all(tmp_path: Path) -> None:
+    tiny_bundle(tmp_path / "encoder")
+    save(tmp_path / "photos/a/same.png", 1)
+    save(tmp_path / "photos/b/same.png", 2)
+    save(tmp_path / f"photos/{'ü' * 125}.png", 3)
+    update_index(tmp_path / "index", [tmp_path / "photos"], load_encoder(tmp_path / "encoder"))
+    queries = [save(tmp_path / f"query-{number}.png", number) for number in (1, 2, 3)]
+    assert run(tmp_path, *queries, "-k", 1, "--copy-to", tmp_path / "hits").exit_code == 0
+    names = sorted(path.name for path in (tmp_path / "hits").iterdir())
+    assert names[:2] == ["001-same (2).png", "001-same.png"]
+    assert names[2].startswith("001-üüü")
+    assert names[2].endswith("ü.png")
+
+
+def test_a_query_on_stdin_has_a_sheet(workspace: Path, tmp_path: Path) -> None:
+    content = io.BytesIO()
+    noise(4).save(content, "PNG")
+    assert run(workspace, "-", "--sheet", tmp_path / "s.html", stdin=content.getvalue()).exit_code == 0
+    page = (tmp_path / "s.html").read_text()
+    assert "picture on stdin" in page
+    assert "clear" in page
+
+
+def test_a_sheet_shows_all_that_was_searched_for(workspace: Path, tmp_path: Path) -> None:
+    one, two = workspace / "photos/0001.png", workspace / "photos/0002.png"
+    words = ("--crop", "0,0,0.5,0.5", "--minus", f"{two}:0.5", "--sheet", tmp_path / "s.html")
+    assert run(workspace, one, *words).exit_code == 0
+    page = (tmp_path / "s.html").read_text()
+    assert "0001.png, a part" in page
+    assert "and unlike 0002.png, weight 0.5" in page
+
+
+def test_a_sheet_is_not_written_over_a_picture(workspace: Path) -> None:
+    path = workspace / "photos/0001.png"
+    before = path.read_bytes()
+    refused = run(workspace, path, "--sheet", path)
+    assert (refused.exit_code, path.read_bytes() == before) == (2, True)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        (),
+        ("a.png", "--json", "--jsonl"),
+        ("a.png", "--why"),
+        ("-", "-"),
+        ("a.png", "b.png", "--sheet", "s.html"),
+        ("a.png", "--table", "t.csv"),
+        ("a.png", "--min-score", "nan"),
+        ("a.png", "--min-confidence", "nan"),
+    ],
+)
+def test_words_that_do_not_go_together_are_refused(workspace: Path, words: tuple[str, ...]) -> None:
+    assert run(workspace, *words).exit_code == 2
