@@ -6,6 +6,7 @@ Standard library only.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import shutil
@@ -29,8 +30,11 @@ def sync_file(path: Path) -> None:
 
 
 def temporary_beside(path: Path) -> Path:
-    """A name for what becomes `path`. Nobody else knows it: in a folder of several users a link could wait under it."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    """A name for what becomes `path`. Nobody else knows it: in a folder of several users a link could wait under it.
+
+    It has the beginning of the name only, so that it is not too long where the name is not.
+    """
+    return path.with_name(f".{path.name[:32]}.{secrets.token_hex(8)}.tmp")
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -46,6 +50,32 @@ def write_bytes(path: Path, content: bytes) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     sync_dir(path.parent)
+
+
+def copy_new(source: Path, target: Path) -> None:
+    """Copy a file, with its dates and rights, to a name that nothing has.
+
+    Raises:
+        FileExistsError: something has it, be it a link that leads nowhere.
+    """
+    if os.path.lexists(target):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fspath(target))
+    temporary = temporary_beside(target)
+    try:
+        with source.open("rb") as content, temporary.open("xb") as copy:
+            shutil.copyfileobj(content, copy)
+        shutil.copystat(source, temporary)
+        sync_file(temporary)
+        try:
+            os.link(temporary, target)  # replaces nothing, as a rename does
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without links, as on many a stick
+            target.touch(exist_ok=False)
+            temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_dir(target.parent)
 
 
 @contextlib.contextmanager

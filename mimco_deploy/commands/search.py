@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import json
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mimco_deploy.atomic import copy_new
 from mimco_deploy.commands.common import (
     AnyPath,
     FiniteRange,
@@ -327,13 +327,7 @@ class _Copies:
         for rank, hit in enumerate(hits, start=1):
             target = self._place(rank, hit.path)
             try:
-                with hit.path.open("rb") as source, target.open("xb") as copy:
-                    try:
-                        shutil.copyfileobj(source, copy)
-                    except OSError:
-                        target.unlink()  # a part would be kept for whole the next time
-                        raise
-                shutil.copystat(hit.path, target)
+                copy_new(hit.path, target)
             except FileExistsError:  # also a link that leads nowhere
                 click.echo(f"{printable(target)} exists and is kept", err=True)
             except OSError as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mimco_deploy.atomic import recover, staged_dir, temporary_beside, write_bytes
+from mimco_deploy.atomic import copy_new, recover, staged_dir, temporary_beside, write_bytes
 
 
 def names(folder: Path) -> list[str]:
@@ -38,6 +38,12 @@ def test_bytes_are_written_and_replaced(tmp_path: Path) -> None:
         write_bytes(path, content)
         assert path.read_bytes() == content
         assert names(path.parent) == ["file"]
+
+
+def test_a_name_may_be_as_long_as_names_can_be(tmp_path: Path) -> None:
+    for name in ("x" * 255, "€" * 85):
+        write_bytes(tmp_path / name, b"content")
+        assert (tmp_path / name).read_bytes() == b"content"
 
 
 @pytest.mark.parametrize("failing", ["fsync", "replace"])
@@ -94,6 +100,30 @@ def test_a_link_that_waits_under_a_temporary_name_is_not_written_through(
     with pytest.raises(FileExistsError):
         write_bytes(tmp_path / "out", b"new")
     assert victim.read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_copy_takes_a_free_name_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+    def no_links(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(b"content")
+    os.utime(source, (1, 1))
+    copy_new(source, target)
+    assert target.read_bytes() == b"content"
+    assert target.stat().st_mtime == 1
+    assert target.stat().st_nlink == 1
+    target.write_bytes(b"mine")
+    with pytest.raises(FileExistsError):
+        copy_new(source, target)
+    monkeypatch.setattr(os.path, "lexists", lambda _: False)  # somebody takes the name meanwhile
+    with pytest.raises(FileExistsError):
+        copy_new(source, target)
+    assert target.read_bytes() == b"mine"
+    assert names(tmp_path) == ["source", "target"]
 
 
 def test_a_folder_appears_whole_and_is_replaced_whole(tmp_path: Path) -> None:

@@ -157,16 +157,22 @@ def test_hits_are_copied_without_writing_over_anything(workspace: Path, tmp_path
     assert run(workspace, path, "--copy-to", path / "hits").exit_code == 1
 
 
-def test_a_copy_that_ends_halfway_leaves_nothing(
-    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_copy_that_ends_halfway_leaves_nothing_and_has_no_name_before_it_is_whole(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
+    meanwhile: list[str] = []
+
     def half(source: io.BufferedReader, copy: io.BufferedWriter) -> None:
         copy.write(source.read(10))
-        raise OSError(28, "No space left on device")
+        meanwhile.extend(path.name for path in (tmp_path / "hits").iterdir())
+        raise error
 
     monkeypatch.setattr(shutil, "copyfileobj", half)
     done = run(workspace, workspace / "photos/0008.png", "-k", 1, "--copy-to", tmp_path / "hits")
-    assert (done.exit_code, "cannot be copied (No space left on device)" in done.stderr) == (1, True)
+    assert done.exit_code == 1
+    assert ("cannot be copied (No space left on device)" in done.stderr) == isinstance(error, OSError)
+    assert [name.endswith(".tmp") for name in meanwhile] == [True]
     assert list((tmp_path / "hits").iterdir()) == []
 
 
