@@ -38,11 +38,13 @@ def temporary_beside(path: Path) -> Path:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replace `path` by `content`: readers see the old file or the new one, never a part."""
+    """Replace `path` by `content`: readers see the old file or the new one, never a part. Who may read it stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_beside(path)
     try:
         with temporary.open("xb") as file:
+            if path.is_file():
+                shutil.copymode(path, temporary)
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

@@ -5,10 +5,13 @@ from __future__ import annotations
 import base64
 import html
 import io
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from PIL import Image
+
+from mimco_deploy.errors import ConfigError
 
 _THUMBNAIL_PX = 168
 STYLE = """
@@ -49,6 +52,18 @@ def build_page(title: str, parts: Iterable[str], style: str = "") -> bytes:
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
         f"<title>{html.escape(title)}</title><style>{STYLE}{style}</style></head><body>{''.join(parts)}</body></html>"
     ).encode("utf-8", "replace")
+
+
+def place_of_page(path: Path) -> Path:
+    """Where a page of this name lies: what it leads to, if it is a link.
+
+    Raises:
+        ConfigError: something is there that is no regular file, which a page would take the place of.
+    """
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        raise ConfigError(f"{path} is no regular file", expected="a name for a page, such as out.html")
+    return target
 
 
 def image_tag(picture: Image.Image, name: str) -> str:

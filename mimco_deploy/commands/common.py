@@ -43,12 +43,13 @@ class FiniteRange(click.FloatRange):
 
 
 def new_page(context: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
-    """Callback of an option that names a page to write: a picture is not meant to be written over."""
+    """Callback of an option that names a page to write: nothing but a page is meant to be written over."""
     if value is None:
         return None
-    from mimco_deploy.images import IMAGE_SUFFIXES  # takes a while
+    from mimco_deploy.html_page import place_of_page  # takes a while
+    from mimco_deploy.images import IMAGE_SUFFIXES
 
-    if value.suffix.lower() in IMAGE_SUFFIXES:
+    if {value.suffix.lower(), place_of_page(value).suffix.lower()} & IMAGE_SUFFIXES:
         raise click.BadParameter(
             f"{value} has the name of a picture; expected one such as out.html", context, parameter
         )

@@ -20,7 +20,7 @@ from mimco_deploy.evaluation.compare import Comparison, table
 from mimco_deploy.evaluation.evaluate import Evaluation, labels_of
 from mimco_deploy.evaluation.knn import neighbour_confusion
 from mimco_deploy.evaluation.measures import Measure
-from mimco_deploy.html_page import build_page, image_tag
+from mimco_deploy.html_page import build_page, image_tag, place_of_page
 from mimco_deploy.sources import Picture
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def write_page(path: Path, found: Sequence[Evaluation], comparison: Comparison |
     if comparison is not None:
         parts.append("<h2>The second less the first, picture by picture</h2>" + _differences(comparison))
     parts += [_maps(found), *(_confusion(evaluation) for evaluation in found), _strips(found)]
-    write_bytes(path, build_page(f"mimco eval: {title}", parts, _STYLE))
+    write_bytes(place_of_page(path), build_page(f"mimco eval: {title}", parts, _STYLE))
 
 
 def _about(evaluation: Evaluation) -> str:

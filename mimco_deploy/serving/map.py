@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from mimco_deploy.atomic import write_bytes
 from mimco_deploy.errors import MissingExtraError
+from mimco_deploy.html_page import place_of_page
 from mimco_deploy.serving.catalog import Listed
 from mimco_deploy.serving.gallery import Gallery, read_gallery
 from mimco_deploy.serving.map_page import build_page, draw_thumbnails
@@ -105,7 +106,7 @@ def write_map(
     chosen = thin(places, thumbnails)
     drawn = draw_thumbnails(points, chosen.tolist(), tell)
     page = build_page(points, places, drawn, used)
-    write_bytes(path, page)
+    write_bytes(place_of_page(path), page)
     return MapReport(used, len(points), len(gallery.files), len(drawn.points), len(drawn.problems), len(page))
 
 

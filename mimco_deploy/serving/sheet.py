@@ -14,6 +14,7 @@ from PIL import Image
 
 from mimco_deploy.atomic import write_bytes
 from mimco_deploy.errors import ImageError
+from mimco_deploy.html_page import place_of_page
 from mimco_deploy.images import decode_image, read_image
 from mimco_deploy.preprocess import Crop, cut
 from mimco_deploy.serving.background import in_words
@@ -124,7 +125,7 @@ The score is the cosine of the embeddings: 1 is the same picture.{heat}</p>
 </body>
 </html>
 """
-    write_bytes(path, page.encode())
+    write_bytes(place_of_page(path), page.encode())
 
 
 def _name(part: Part) -> str:

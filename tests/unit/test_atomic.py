@@ -46,6 +46,15 @@ def test_a_name_may_be_as_long_as_names_can_be(tmp_path: Path) -> None:
         assert (tmp_path / name).read_bytes() == b"content"
 
 
+def test_who_may_read_a_file_stays_when_it_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_bytes(path, b"old")
+    for mode in (0o600, 0o664):
+        path.chmod(mode)
+        write_bytes(path, b"new")
+        assert path.stat().st_mode & 0o777 == mode
+
+
 @pytest.mark.parametrize("failing", ["fsync", "replace"])
 def test_a_file_keeps_its_content_when_the_writer_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str

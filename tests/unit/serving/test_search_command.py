@@ -215,6 +215,22 @@ def test_a_sheet_is_not_written_over_a_picture(workspace: Path) -> None:
     assert (refused.exit_code, path.read_bytes() == before) == (2, True)
 
 
+def test_a_sheet_is_written_where_a_link_leads_and_over_nothing_but_a_file(workspace: Path, tmp_path: Path) -> None:
+    path = workspace / "photos/0001.png"
+    (tmp_path / "link.html").symlink_to(tmp_path / "real.html")
+    for _ in range(2):
+        assert run(workspace, path, "--sheet", tmp_path / "link.html").exit_code == 0
+        assert (tmp_path / "link.html").is_symlink()
+        assert "0001.png" in (tmp_path / "real.html").read_text()
+    os.mkfifo(tmp_path / "pipe.html")
+    refused = run(workspace, path, "--sheet", tmp_path / "pipe.html")
+    assert (refused.exit_code, refused.stderr.count("\n")) == (1, 1)
+    assert "pipe.html is no regular file" in refused.stderr
+    assert (tmp_path / "pipe.html").is_fifo()
+    (tmp_path / "picture.html").symlink_to(path)
+    assert run(workspace, path, "--sheet", tmp_path / "picture.html").exit_code == 2
+
+
 @pytest.mark.parametrize(
     "words",
     [
