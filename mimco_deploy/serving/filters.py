@@ -16,6 +16,7 @@ import csv
 import os
 import re
 import sqlite3
+import stat
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -141,7 +142,8 @@ class FilteredFiles:
     def __init__(self, connection: sqlite3.Connection, limit_s: float = LIMIT_S) -> None:
         self._db = connection
         self._limit_s = limit_s
-        self._table: tuple[Path, int] | None = None
+        self.table: tuple[Path, int] | None = None
+        """The side table that is loaded, and what it was when it was."""
         self._key = ""
         self._side_columns: list[str] = []
         self._defined_for: tuple[list[tuple[int, bytes]], dict[str, str]] | None = None
@@ -276,11 +278,12 @@ class FilteredFiles:
 
     def _join(self, table: Path) -> None:
         try:
-            stamp = table.stat().st_mtime_ns
-            if self._table != (table, stamp):
-                self._table = None
+            status = table.stat()
+            stamp = status.st_mtime_ns if stat.S_ISREG(status.st_mode) else 0  # a pipe is read once
+            if self.table != (table, stamp):
+                self.table = None
                 self._key = self._load(read_side_table(table), table)
-                self._table = (table, stamp)
+                self.table = (table, stamp)
         except (OSError, ValueError, sqlite3.Error, csv.Error) as error:
             raise ConfigError(f"{readable(table)} cannot be read ({error})", expected="CSV or Parquet") from error
 

@@ -66,8 +66,8 @@ class _State:
     background: Background | None
     references: npt.NDArray[np.float32]
     """[R, D], embeddings that the background is measured with"""
-    filtered: dict[Filter, Searcher] = field(default_factory=dict)
-    """The last conditions that were asked for"""
+    filtered: dict[tuple[Filter, object], Searcher] = field(default_factory=dict)
+    """The last conditions that were asked for, each with the state of its table"""
 
 
 def _of_the_newest(method: Callable[Concatenate[ImageIndex, P], T]) -> Callable[Concatenate[ImageIndex, P], T]:
@@ -374,13 +374,14 @@ def _close_all(connections: list[_Connection]) -> None:
 
 def _within(state: _State, connection: _Connection, condition: Filter) -> Searcher:
     """What to search with under a condition; the last few are remembered as long as the index stays as it is."""
-    found = state.filtered.get(condition) if condition.table is None else None  # a table may change
+    assert connection.filters is not None
+    key = (condition, None if condition.table is None else connection.filters.table)
+    found = state.filtered.get(key)
     if found is None:
-        assert connection.filters is not None
         found = state.searcher.within(connection.filters.rows(condition))
         if len(state.filtered) >= _REMEMBERED:
             state.filtered.clear()
-        state.filtered[condition] = found
+        state.filtered[key] = found
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -36,12 +37,13 @@ def read_side_table(table: Path) -> SideTable:
     """
     if table.suffix.lower() == ".parquet":
         return _read_parquet(table)
-    rows = _csv_rows(table)
+    content = table.read_bytes().decode("utf-8-sig", "surrogateescape")  # once: a pipe can be read no second time
+    rows = _csv_rows(content)
     names = next(rows, [])
     codes = [False] * len(names)
     for row in rows:
         codes = [seen or _CODE.match(field) is not None for seen, field in zip(codes, row, strict=True)]
-    rows = _csv_rows(table)
+    rows = _csv_rows(content)
     next(rows, [])
     return SideTable(
         names, ["TEXT" if code else "NUMERIC" for code in codes], ([_no_text(field) for field in row] for row in rows)
@@ -57,14 +59,13 @@ def _no_text(field: str) -> str | None:
     return None if field == "" or field.lower() == "nan" else field
 
 
-def _csv_rows(table: Path) -> Iterator[list[str]]:
-    with table.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        width = 0
-        for row in csv.reader(file):
-            width = width or len(row)
-            if len(row) != width:
-                raise ValueError(f"a row of {len(row)} fields where the first has {width}")
-            yield [readable(field) for field in row]
+def _csv_rows(content: str) -> Iterator[list[str]]:
+    width = 0
+    for row in csv.reader(io.StringIO(content, newline="")):
+        width = width or len(row)
+        if len(row) != width:
+            raise ValueError(f"a row of {len(row)} fields where the first has {width}")
+        yield [readable(field) for field in row]
 
 
 def _read_parquet(table: Path) -> SideTable:

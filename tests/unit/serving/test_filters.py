@@ -2,18 +2,20 @@ from __future__ import annotations
 
 import csv
 import os
+import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from mimco_deploy.errors import ConfigError
-from mimco_deploy.serving.filters import COLUMNS, Filter
+from mimco_deploy.serving.filters import COLUMNS, Filter, FilteredFiles
 from mimco_deploy.serving.index import ImageIndex
 from mimco_deploy.serving.update import update_index
 from tests.helpers import CountingEncoder, Embeddings, noise
@@ -176,10 +178,22 @@ def test_a_table_is_joined_by_name_path_or_hash(folder: Path, query: Embeddings,
     assert found(folder, query, where="label is null", table=table) == [10, 11]
 
 
-def test_a_table_that_changes_is_read_again(folder: Path, query: Embeddings, tmp_path: Path) -> None:
+def test_a_table_that_changes_is_read_again_and_else_its_condition_is_remembered(
+    folder: Path, query: Embeddings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Filter] = []
+    rows = FilteredFiles.rows
+
+    def spy(files: FilteredFiles, condition: Filter) -> npt.NDArray[np.int64]:
+        asked.append(condition)
+        return rows(files, condition)
+
+    monkeypatch.setattr(FilteredFiles, "rows", spy)
     table = write_csv(tmp_path / "t.csv", ("name", "good"), ("img_00.jpg", 1), ("img_01.PNG", 0))
     with ImageIndex.open(folder / "index") as index:
-        assert [hit.path.name for hit in index.search(query, 9, Filter("good = 1", table=table))] == ["img_00.jpg"]
+        for _ in range(2):
+            assert [hit.path.name for hit in index.search(query, 9, Filter("good = 1", table=table))] == ["img_00.jpg"]
+        assert len(asked) == 1
         write_csv(table, ("name", "good"), ("img_00.jpg", 0), ("img_01.PNG", 1))
         os.utime(table, (1, 1))
         assert [hit.path.name for hit in index.search(query, 9, Filter("good = 1", table=table))] == ["img_01.PNG"]
@@ -296,6 +310,17 @@ def test_paths_have_their_own_folder_whatever_its_name_and_however_many(tmp_path
                 assert [hit.path for hit in hits] == [folder / "a.png"]
         update_index(tmp_path / "index", folders, CountingEncoder())
         assert len(index.search(query, 5, Filter("path like '%/f19/%'"))) == 1
+
+
+def test_a_table_is_read_from_a_pipe(folder: Path, query: Embeddings, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=["name,good\nimg_00.jpg,1\nimg_01.PNG,0\n"], daemon=True)
+    writer.start()
+    with ImageIndex.open(folder / "index") as index:
+        for _ in range(2):
+            assert [hit.path.name for hit in index.search(query, 9, Filter("good = 1", table=pipe))] == ["img_00.jpg"]
+    writer.join()
 
 
 def test_an_empty_field_of_a_table_says_nothing(folder: Path, query: Embeddings, tmp_path: Path) -> None:
