@@ -29,6 +29,7 @@ from mimco_deploy.commands.common import (
     runtime_options,
 )
 from mimco_deploy.errors import ConfigError, ImageError, IndexStoreError
+from mimco_deploy.serving import MAX_WEIGHT
 from mimco_deploy.stopwatch import Stopwatch
 from mimco_deploy.workspace import Workspace
 
@@ -72,8 +73,8 @@ class _Weighted(click.ParamType):  # type: ignore[type-arg]  # generic in newer 
             number = None
         if number is None:
             return Path(value), 1.0
-        if not 0 < number < float("inf"):
-            self.fail(f"{weight} is no weight above 0", param, ctx)
+        if not 0 < number <= MAX_WEIGHT:
+            self.fail(f"{weight} is no weight above 0 and up to {MAX_WEIGHT:g}", param, ctx)
         return Path(path), number
 
 

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from mimco_deploy.serving.query import search_image as search_image
     from mimco_deploy.serving.update import update_index as update_index
 
+MAX_WEIGHT = 100.0
+"""Of one picture of a query, like or unlike."""
+
 _HOMES = {
     "Filter": "filters",
     "Hit": "index",

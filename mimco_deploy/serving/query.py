@@ -13,6 +13,7 @@ import numpy.typing as npt
 from mimco_deploy.bundle import EncoderSpec
 from mimco_deploy.errors import ConfigError, ImageError
 from mimco_deploy.preprocess import Crop, decode_pixels, read_pixels
+from mimco_deploy.serving import MAX_WEIGHT
 from mimco_deploy.serving.encoders import Encoder
 from mimco_deploy.serving.filters import Filter
 from mimco_deploy.serving.generations import check_encoder
@@ -32,7 +33,7 @@ class Part:
     picture: Path | bytes
     """A file, or the content of one. A file that is gone but indexed is taken from the index."""
     weight: float = 1.0
-    """Below 0: unlike this."""
+    """In [−100, 100]; below 0: unlike this."""
     crop: Crop | None = None
 
 
@@ -67,7 +68,7 @@ def query_embedding(
 
     Raises:
         ImageError: one of them is no picture.
-        ConfigError: a crop is wrong, or the weights cancel each other.
+        ConfigError: a crop or a weight is wrong, or the weights cancel each other.
         EncoderMismatchError: another encoder made the index.
     """
     check_encoder(index.path, index.fingerprint, encoder.spec.fingerprint)
@@ -95,16 +96,21 @@ def weighted_sum(weights: Sequence[float], embeddings: Sequence[npt.NDArray[np.f
     """Several pictures as one query.
 
     Args:
-        weights: of each.
+        weights: of each, in [−100, 100].
         embeddings: [D] each.
 
     Returns:
         [D], of length 1.
 
     Raises:
-        ConfigError: they cancel each other.
+        ConfigError: they cancel each other, or one is out of range.
     """
-    total = np.sum([weight * embedding for weight, embedding in zip(weights, embeddings, strict=True)], axis=0)
+    for weight in weights:
+        if not abs(weight) <= MAX_WEIGHT:
+            raise ConfigError(
+                f"a picture of the query has the weight {weight}", expected=f"from -{MAX_WEIGHT:g} to {MAX_WEIGHT:g}"
+            )
+    total = np.asarray(weights, np.float64) @ np.asarray(embeddings, np.float64)
     length = float(np.linalg.norm(total))
     if length < 1e-6:
         raise ConfigError("the pictures of the query cancel each other", expected="other weights")
@@ -144,7 +150,7 @@ def search_image(
         ImageError: the query is not a picture.
         EncoderMismatchError: another encoder made the index.
         IndexStoreError: the index is empty or broken.
-        ConfigError: the condition or a crop cannot be used.
+        ConfigError: the condition, a crop or a weight cannot be used.
         BundleError: `rerank`, and the encoder gives no patch tokens.
     """
     watch = watch or Stopwatch()

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from mimco_deploy.serving import MAX_WEIGHT
+
 MAX_PARTS = 8
 """Pictures in one query."""
 MAX_QUERIES = 32
@@ -36,7 +38,7 @@ class QueryPart(Request):
     upload: int | None = Field(None, ge=0, lt=MAX_PARTS * MAX_QUERIES, description="Number of a `file` of the form")
     id: PictureId | None = None
     path: Text | None = Field(None, description="Absolute path of an indexed file; only looked up")
-    weight: float = Field(1.0, ge=-100, le=100, description="Below 0: unlike this picture")
+    weight: float = Field(1.0, ge=-MAX_WEIGHT, le=MAX_WEIGHT, description="Below 0: unlike this picture")
     crop: tuple[Share, Share, Share, Share] | None = Field(
         None, description="Left, top, width, height as shares of the upright picture"
     )

@@ -87,6 +87,9 @@ def test_several_pictures_are_one_weighted_sum(index: ImageIndex, workspace: Pat
     assert encoder.batches[-1] == 3, "all of them in one step"
     with pytest.raises(ConfigError, match="cancel each other"):
         query_embedding(index, encoder, [parts[0], Part(workspace / "photos/0001.png", -1.0)])
+    for weight in (3e19, -1e39, 100.5, float("nan")):
+        with pytest.raises(ConfigError, match="has the weight"):
+            query_embedding(index, encoder, [parts[0], Part(workspace / "photos/0002.png", weight)])
 
 
 def test_a_file_that_is_gone_is_taken_from_the_index(workspace: Path, tmp_path: Path) -> None:

@@ -128,16 +128,16 @@ def test_the_options_narrow_what_is_found(workspace: Path) -> None:
 def test_weights_and_crops_are_read(workspace: Path, tmp_path: Path) -> None:
     one, two = workspace / "photos/0001.png", workspace / "photos/0002.png"
     plain = run(workspace, one, "--plus", f"{two}:0.001", "-k", 1, "--jsonl").stdout
-    heavy = run(workspace, one, "--plus", f"{two}:1000", "-k", 1, "--jsonl").stdout
+    heavy = run(workspace, one, "--plus", f"{two}:100", "-k", 1, "--jsonl").stdout
     assert (json.loads(plain)["path"], json.loads(heavy)["path"]) == (str(one), str(two))
-    least = run(workspace, one, "--minus", f"{two}:1000", "-k", COUNT, "--jsonl").stdout.splitlines()
+    least = run(workspace, one, "--minus", f"{two}:100", "-k", COUNT, "--jsonl").stdout.splitlines()
     assert json.loads(least[-1])["path"] == str(two)
     odd = shutil.copyfile(two, tmp_path / "a:5")  # a name that looks like a weight is a name
     assert json.loads(run(workspace, one, "--plus", odd, "--minus", one, "-k", 1, "--jsonl").stdout)["path"]
     assert run(workspace, one, "--crop", "0,0,32,32", "-k", 1).exit_code == 0
     for wrong in ("0,0,32", "a,b,c,d", "-1,0,5,5", "nan,0,1,1"):
         assert run(workspace, one, "--crop", wrong).exit_code == 2
-    for wrong in (f"{two}:0", f"{two}:-1", f"{two}:inf"):
+    for wrong in (f"{two}:0", f"{two}:-1", f"{two}:inf", f"{two}:100.5", f"{two}:1e39"):
         assert run(workspace, one, "--plus", wrong).exit_code == 2
 
 
