@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from mimco_deploy import __version__
-from mimco_deploy.commands.common import IS_MAIN_PROCESS, Folder, Group, set_up_logging
+from mimco_deploy.commands.common import IS_MAIN_PROCESS, Folder, Group, set_up_logging, set_up_streams
 from mimco_deploy.workspace import find_workspace
 
 COMMANDS = {
@@ -63,5 +63,6 @@ def main(ctx: click.Context, workspace: Path | None, verbose: bool) -> None:
     mimco search query.jpg                the pictures most like this one
     mimco serve                           the same over HTTP, and in a page
     """
+    set_up_streams()
     set_up_logging(verbose, silent=not IS_MAIN_PROCESS)
     ctx.obj = find_workspace(workspace)

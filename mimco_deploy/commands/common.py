@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import logging
 import math
@@ -92,6 +93,19 @@ def extra(name: str) -> Iterator[None]:
     except ModuleNotFoundError as error:
         command = f'pip install "mimco-deploy[{name}]"'
         raise MissingExtraError(f"the package {error.name} is not installed", command=command) from error
+
+
+def set_up_streams() -> None:
+    """Open what the shell closed of the standard streams, and let stdout take names that its encoding has not."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            # The lowest number that is free is the stream's own, which else a file of an index would get, and what
+            # libraries and the processes that decode write there.
+            descriptor = os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(descriptor, True)
+            setattr(sys, name, os.fdopen(descriptor, "r" if name == "stdin" else "w"))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 def set_up_logging(verbose: bool, silent: bool = False) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -264,3 +265,36 @@ def test_a_name_steers_no_terminal(tmp_path: Path) -> None:
         assert "\x1b" not in done.output
         assert "\x07" not in done.output
         assert "�" in done.output or "\\x1b" in done.output
+
+
+def in_shell(workspace: Path, redirection: str, *words: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mimco_deploy", "--workspace", str(workspace), *map(str, words)]
+    shell = ["sh", "-c", f'exec "$@" {redirection}', "sh", *command]
+    return subprocess.run(
+        shell, capture_output=True, encoding="latin-1", check=False, env={**os.environ, **environment}, timeout=120
+    )
+
+
+def test_closed_standard_streams_disturb_nothing(tmp_path: Path) -> None:
+    tiny_bundle(tmp_path / "encoder")
+    photos = gallery(tmp_path / "photos", 3)
+    assert in_shell(tmp_path, ">&- 2>&-", "index", tmp_path / "photos").returncode == 0
+    assert in_shell(tmp_path, "2>&- <&-", "index", "verify").returncode == 0
+    shown = in_shell(tmp_path, "2>&-", "search", photos[1])
+    assert (shown.returncode, shown.stdout.count("\n")) == (0, 3)
+    for flag in ("--json", "-0", "-k3"):
+        assert in_shell(tmp_path, ">&-", "search", photos[1], flag).returncode == 0
+    none = in_shell(tmp_path, "<&-", "search", "-")
+    assert (none.returncode, none.stderr) == (1, "Error: query is empty (0 bytes)\n")
+
+
+def test_a_terminal_that_has_not_all_letters_is_shown_those_it_has(tmp_path: Path) -> None:
+    tiny_bundle(tmp_path / "encoder")
+    photos = tmp_path / "photos"
+    paths = [save(photos / name, number) for number, name in enumerate(("a写真.png", "ü.png"))]
+    update_index(tmp_path / "index", [photos], CountingEncoder())
+    shown = in_shell(tmp_path, "", "search", paths[0], PYTHONIOENCODING="latin-1")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert [line.rpartition("/")[2] for line in shown.stdout.splitlines()] == ["a??.png", "ü.png"]
+    raw = in_shell(tmp_path, "", "search", paths[0], "-0", "-k1", PYTHONIOENCODING="latin-1").stdout
+    assert raw.encode("latin-1") == os.fsencode(paths[0]) + b"\0"
