@@ -27,6 +27,7 @@ and exits with 1; anything that is not a `MimcoError` is a defect of mimco and k
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 ImageProblem = Literal[
@@ -35,9 +36,13 @@ ImageProblem = Literal[
 """Why a file is no picture. The last two: its decoder did not come to an end in time, or brought its process down."""
 
 
+_STEERING = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Controls but the line end, what parts lines or turns their direction, and halves of letters."""
+
+
 def plain(text: str) -> str:
     """A text for a terminal: names of files are in it, and what would steer the terminal becomes `�`."""
-    return "".join(letter if letter.isprintable() or letter == "\n" else "�" for letter in text)
+    return _STEERING.sub("�", text)
 
 
 class MimcoError(Exception):

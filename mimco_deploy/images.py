@@ -37,7 +37,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from mimco_deploy.errors import ImageError, ImageProblem
+from mimco_deploy.errors import ImageError, ImageProblem, plain
 
 MAX_BYTES = 128 * 2**20
 """Largest file: a photo of 48 megapixels has 10 to 40 MiB as JPEG and about 100 as PNG."""
@@ -350,4 +350,5 @@ def _one_line(error: Exception) -> str:
 
 
 def _shown(name: str) -> str:
-    return name if name.isprintable() else ascii(name)  # line breaks and undecodable bytes in file names
+    """In a message of one line: file names may hold line ends, bytes that are no text and what steers a terminal."""
+    return name if plain(name) == name and "\n" not in name else ascii(name)

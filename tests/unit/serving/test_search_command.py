@@ -100,12 +100,16 @@ def test_a_list_of_another_system_and_an_empty_one(workspace: Path) -> None:
     assert (empty.exit_code, "names no picture" in empty.stderr) == (1, True)
 
 
-def test_names_cannot_steer_the_terminal(tmp_path: Path) -> None:
+def test_names_cannot_steer_the_terminal_and_are_else_shown_as_they_are(tmp_path: Path) -> None:
     tiny_bundle(tmp_path / "encoder")
-    save(tmp_path / "photos/a\x1b]0;mine\x07b.png", 1)
+    steering = "\x1b]0;mine\x07\x9b\u2028\u202e\u2066\u200f\n"
+    harmless = "写\u3000真\u202f\xa0👩\u200d💻\u200c\ue000\U000e0067"
+    save(tmp_path / f"photos/a{steering}b{harmless}c.png", 1)
     update_index(tmp_path / "index", [tmp_path / "photos"], load_encoder(tmp_path / "encoder"))
     shown = run(tmp_path, save(tmp_path / "query.png", 1)).stdout
-    assert "a�]0;mine�b.png" in shown
+    assert f"a�]0;mine�������b{harmless}c.png" in shown
+    assert f"/{harmless}.png does not exist" in run(tmp_path, tmp_path / f"{harmless}.png").stderr
+    assert ascii(steering)[1:-1] in run(tmp_path, tmp_path / f"{steering}.png").stderr
 
 
 def test_the_options_narrow_what_is_found(workspace: Path) -> None:
