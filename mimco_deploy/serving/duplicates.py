@@ -44,7 +44,7 @@ class Member:
     """SHA-256 of the file, hexadecimal."""
     kind: Kind
     """`copy`: the bytes of the kept one; `near`: alike, itself or by others of the group; `same file`: another name of
-    the kept one, so that nothing is won by moving it."""
+    the kept one or of one before it in the order of `keep`, so that nothing is won by moving it."""
     score: float
     """Cosine with the kept one, in [−1, 1]."""
 
@@ -188,13 +188,18 @@ def is_as_listed(path: Path, stamp: Stamp) -> os.stat_result | None:
     return status if stamp_of(status) == stamp else None
 
 
+def file_of(status: os.stat_result) -> tuple[int, int]:
+    """What all names of one file share."""
+    return (status.st_dev, status.st_ino)
+
+
 def _path(file: Listed) -> Path:
     return Path(file.root) / file.path
 
 
 def _below(files: Sequence[Listed], folder: Path) -> list[Listed]:
-    for start in (folder.resolve(), folder.absolute()):  # a folder that is gone may have been a link
-        prefix = f"{start}/" if start != Path("/") else "/"
+    for start in (os.path.realpath(folder), folder.absolute()):  # a folder that is gone may have been a link
+        prefix = f"{str(start).rstrip('/')}/"
         found = [file for file in files if f"{file.root}/{file.path}".startswith(prefix)]
         if found:
             return found
@@ -215,9 +220,12 @@ def _group(present: list[tuple[Listed, os.stat_result]], vectors: Vectors, order
     def member(file: Listed, kind: Kind, score: float) -> Member:
         return Member(_path(file), file.path, file.stamp, file.sha256.hex(), kind, score)
 
+    seen = {file_of(its_status)}
+
     def kind_of(file: Listed, status: os.stat_result) -> Kind:
-        if (status.st_dev, status.st_ino) == (its_status.st_dev, its_status.st_ino):
+        if file_of(status) in seen:
             return "same file"
+        seen.add(file_of(status))
         return "copy" if file.row == best.row else "near"
 
     others = [

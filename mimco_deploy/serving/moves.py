@@ -31,7 +31,7 @@ from mimco_deploy.atomic import sync_dir, sync_file, write_bytes
 from mimco_deploy.errors import MoveError
 from mimco_deploy.images import IMAGE_SUFFIXES
 from mimco_deploy.serving.catalog import Catalog
-from mimco_deploy.serving.duplicates import Group, Member, is_as_listed
+from mimco_deploy.serving.duplicates import Group, Member, file_of, is_as_listed
 from mimco_deploy.serving.generations import Generation
 from mimco_deploy.serving.inspect import read_current
 from mimco_deploy.serving.scan import readable
@@ -74,7 +74,8 @@ class Moves:
 def move_duplicates(index: Path, groups: Sequence[Group], folder: Path) -> Moves:
     """Move all but the kept files of groups into a folder, keeping their paths below their indexed folders.
 
-    A file moves only if it and the kept one of its group have the size and date that the catalogue has.
+    A file moves only if it and the kept one of its group have the size and date that the catalogue has, and no other
+    name of it is in the group: that would stay, and if it is a link lead nowhere.
 
     Args:
         index: the index folder; it is not changed.
@@ -92,8 +93,10 @@ def move_duplicates(index: Path, groups: Sequence[Group], folder: Path) -> Moves
         return result
     with _UndoList(folder / UNDO_FILE) as undo:
         for group in groups:
+            others = [is_as_listed(one.path, one.stamp) for one in group.others if one.kind == "same file"]
+            twice = {file_of(status) for status in others if status is not None}
             for member in group.spare:
-                reason = _reason_to_stay(group.kept, member)
+                reason = _reason_to_stay(group.kept, member, twice)
                 moved = None
                 if reason is None:
                     try:
@@ -118,12 +121,19 @@ def undo_moves(file: Path) -> Moves:
         left or are back already are in neither list.
 
     Raises:
-        MoveError: it is no such list.
+        MoveError: it is no such list, or lies elsewhere than what it tells of.
     """
-    own = os.path.realpath(file.parent)
+    own = str(Path(os.path.realpath(file)).parent)
+    listed = _read(file)
+    if listed and not any(move.target.is_relative_to(own) for move in listed):
+        there = os.path.commonpath([move.target.parent for move in listed])
+        raise MoveError(
+            f"{readable(file)} tells of pictures in {readable(Path(there))}, not of those beside it",
+            expected="the folder under the name that it had when they were moved there",
+        )
     result = Moves([], [])
     treated: set[tuple[Path, Path]] = set()
-    for move in reversed(_read(file)):
+    for move in reversed(listed):
         if (move.source, move.target) in treated:
             continue  # it left, came back and left again: the last line says what it is
         treated.add((move.source, move.target))
@@ -156,14 +166,15 @@ def _roots(generation: Generation) -> list[Path]:
         return [root.path for root in catalog.roots()]
 
 
-def _reason_to_stay(kept: Member, member: Member) -> str | None:
+def _reason_to_stay(kept: Member, member: Member, twice: set[tuple[int, int]]) -> str | None:
     if is_as_listed(kept.path, kept.stamp) is None:
         return f"the one to keep is gone or changed: {readable(kept.path)}"
     if member.path.is_symlink():
         return "it is a link"
-    if is_as_listed(member.path, member.stamp) is None:
+    status = is_as_listed(member.path, member.stamp)
+    if status is None:
         return "gone or changed since it was indexed"
-    return None
+    return "another name of it stays" if file_of(status) in twice else None
 
 
 def _move_into(folder: Path, member: Member, undo: _UndoList) -> Move:

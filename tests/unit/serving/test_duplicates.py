@@ -237,6 +237,7 @@ def test_the_command_prints_any_name(place: Place) -> None:
         (["--min-score", "0"], 2, "0.0 is not in the range"),
         (["--undo", "x"], 1, "x cannot be read"),
         (["--root", "/nowhere"], 1, "no indexed picture lies in /nowhere"),
+        (["--root", "circle"], 1, "no indexed picture lies in circle"),
         (["--move-to", "photos"], 1, "lies in the indexed folder"),
     ],
 )
@@ -244,6 +245,7 @@ def test_what_the_command_cannot_do_is_one_line(
     twice: Place, monkeypatch: pytest.MonkeyPatch, arguments: list[str], code: int, says: str
 ) -> None:
     monkeypatch.chdir(twice.folder)
+    (twice.folder / "circle").symlink_to("circle")
     result = twice.mimco("dupes", *arguments, code=code)
     assert says in result.stderr.splitlines()[-1]
 

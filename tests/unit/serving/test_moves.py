@@ -183,6 +183,28 @@ def test_a_link_stays(place: Place) -> None:
     assert [(skipped.path.name, skipped.reason) for skipped in result.skipped] == [("link.png", "it is a link")]
 
 
+def test_a_file_of_two_names_stays_under_both(place: Place) -> None:
+    """Nothing were won by moving one, and a link to it would lead nowhere."""
+    for number, name in enumerate(("hard", "soft")):
+        save(place.photos / f"a{name}.png", number)
+        shutil.copy2(place.photos / f"a{name}.png", place.photos / f"b{name}.png")
+    (place.photos / "chard.png").hardlink_to(place.photos / "bhard.png")
+    (place.photos / "csoft.png").symlink_to("bsoft.png")
+    place.update()
+    kinds = [[one.kind for one in group.others] for group in find_duplicates(place.index, keep="first")]
+    assert kinds == [["copy", "same file"], ["copy", "same file"]]
+    before = place.tree()
+    for keep in ("first", "oldest"):
+        done = place.mimco("dupes", "--keep", keep, "--move-to", place.out)
+        assert "2 groups, 2 pictures too many (2 copies)" in done.stdout
+        assert done.stderr.count("bhard.png: another name of it stays") == 1
+        assert done.stderr.count("bsoft.png: another name of it stays") == 1
+        assert place.tree() == before
+    (place.photos / "chard.png").unlink()
+    place.update()
+    assert [one.source.name for one in place.move().moved] == ["bhard.png"]
+
+
 def test_nothing_is_overwritten_whatever_the_names(place: Place) -> None:
     other = place.folder / "other"
     for path, seed in (("photos/a.png", 1), ("photos/x/b.png", 1), ("other/x/b.png", 1), ("out/x/b.png", 9)):
@@ -361,19 +383,31 @@ def test_a_strangers_index_moves_nothing_out_of_the_folder(place: Place) -> None
     assert victim.is_file()
 
 
+def test_a_folder_that_was_renamed_is_told_by_the_name_it_had(twice: Place) -> None:
+    before = twice.tree()
+    twice.move()
+    moved = twice.out.rename(twice.folder / "renamed")
+    refused = twice.mimco("dupes", "--undo", moved / UNDO_FILE, code=1)
+    assert refused.stderr.count("\n") == 1
+    assert f"tells of pictures in {twice.out}/deep, not of those beside it" in refused.stderr
+    moved.rename(twice.out)
+    (twice.folder / "link.jsonl").symlink_to(twice.out / UNDO_FILE)
+    assert "3 pictures moved back" in twice.mimco("dupes", "--undo", twice.folder / "link.jsonl").stdout
+    assert twice.tree() == before
+
+
 @pytest.mark.parametrize("changes", [{"from": "/home/me/.bash_profile"}, {"to": "/home/me/a.png"}, {"to": "../a.png"}])
 def test_a_strangers_list_brings_nothing_but_its_own_pictures(twice: Place, changes: dict[str, str]) -> None:
     twice.move()
     file = twice.out / UNDO_FILE
-    header, first, *_ = file.read_text("ascii").splitlines()
+    header, first, second, *_ = file.read_text("ascii").splitlines()
     document = json.loads(first)
     if changes.get("to", "").startswith("../"):
         changes = {"to": f"{twice.out}/../a.png"}
-    file.write_text(f"{header}\n{json.dumps({**document, **changes})}\n", "ascii")
-    before = twice.tree()
+    file.write_text(f"{header}\n{json.dumps({**document, **changes})}\n{second}\n", "ascii")
     undone = undo_moves(file)
     assert [one.reason for one in undone.skipped] == ["no picture below the folder of this list"]
-    assert twice.tree() == before
+    assert [str(one.source) for one in undone.moved] == [json.loads(second)["to"]]
 
 
 def test_a_line_of_an_old_place_keeps_no_other_back(twice: Place) -> None:
