@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import itertools
 import json
@@ -28,7 +29,7 @@ from mimco_deploy.commands.common import (
     printable,
     runtime_options,
 )
-from mimco_deploy.errors import ConfigError, ImageError, IndexStoreError
+from mimco_deploy.errors import ConditionError, ConfigError, ImageError, IndexStoreError
 from mimco_deploy.serving import MAX_WEIGHT
 from mimco_deploy.stopwatch import Stopwatch
 from mimco_deploy.workspace import Workspace
@@ -53,6 +54,10 @@ class _Answer:
     encoder: Encoder
     error: str | None = None
     """Why it could not be searched for, where there are others."""
+
+
+# As text: ./- is a file, and as a path it would be equal to -.
+_TextPath = click.Path(path_type=str, dir_okay=False, allow_dash=True)
 
 
 class _Weighted(click.ParamType):  # type: ignore[type-arg]  # generic in newer clicks only
@@ -97,9 +102,8 @@ class _CropType(click.ParamType):  # type: ignore[type-arg]
 
 
 def _query_options(function: FunctionT) -> FunctionT:
-    file = click.Path(path_type=Path, dir_okay=False, allow_dash=True)
     options = [
-        click.option("--list", "listed", type=file, help="Queries, a path in each line; - reads them from stdin."),
+        click.option("--list", "listed", type=_TextPath, help="Queries, a path in each line; - reads them from stdin."),
         click.option("--crop", type=_CropType(), help="Search with this part of the query: pixels, or shares up to 1."),
         click.option("--plus", type=_Weighted(), multiple=True, help="And like this picture; repeatable."),
         click.option("--minus", type=_Weighted(), multiple=True, help="And unlike this picture; repeatable."),
@@ -136,7 +140,7 @@ def _output_options(function: FunctionT) -> FunctionT:
 
 
 @click.command()
-@click.argument("queries", nargs=-1, type=click.Path(path_type=Path, dir_okay=False, allow_dash=True))
+@click.argument("queries", nargs=-1, type=_TextPath)
 @_query_options
 @_output_options
 @runtime_options
@@ -145,8 +149,8 @@ def _output_options(function: FunctionT) -> FunctionT:
 def search(
     context: click.Context,
     /,
-    queries: tuple[Path, ...],
-    listed: Path | None,
+    queries: tuple[str, ...],
+    listed: str | None,
     sheet: Path | None,
     copy_to: Path | None,
     timings: bool,
@@ -161,10 +165,11 @@ def search(
     with 3 where nothing is found.
     """
     workspace: Workspace = context.obj
-    queries += tuple(_read_list(listed)) if listed is not None else ()
-    if not queries or as_json + as_jsonl + print0 > 1 or (sheet is not None and len(queries) > 1):
+    asked = [None if query == "-" else Path(query) for query in queries]
+    asked += _read_list(listed) if listed is not None else []
+    if not asked or as_json + as_jsonl + print0 > 1 or (sheet is not None and len(asked) > 1):
         raise click.UsageError("Give a query, at most one of --json, --jsonl and -0, and --sheet with one query only.")
-    if (options["why"] and sheet is None) or list(queries).count(Path("-")) > 1:
+    if (options["why"] and sheet is None) or asked.count(None) + (listed == "-") > 1:
         raise click.UsageError("--why goes with --sheet, and - can be given once.")
     if options["table"] is not None and not options["where"]:
         raise click.UsageError("--table goes with --where.")
@@ -172,7 +177,7 @@ def search(
     show = _printer(as_json, as_jsonl, print0)
     copies = None if copy_to is None else _Copies(copy_to)
     all_failed, found_any = True, False
-    for answer in _answers(workspace, queries, sheet, watch, **options):
+    for answer in _answers(workspace, asked, sheet, watch, **options):
         all_failed, found_any = all_failed and answer.error is not None, found_any or bool(answer.hits)
         show(answer, watch.laps_ms if timings else {})
         if copies is not None:
@@ -187,7 +192,7 @@ def search(
 
 def _answers(
     workspace: Workspace,
-    queries: Sequence[Path],
+    queries: Sequence[Path | None],
     sheet: Path | None,
     watch: Stopwatch,
     *,
@@ -230,7 +235,8 @@ def _answers(
     with index:
         check_encoder(index.path, index.fingerprint, encoder.spec.fingerprint)
         for query in queries:
-            picture = sys.stdin.buffer.read() if query == Path("-") else query
+            picture = sys.stdin.buffer.read() if query is None else query
+            name = query or Path("-")
             parts = [Part(picture, crop=crop), *others]
             try:
                 hits = search_image(
@@ -238,16 +244,19 @@ def _answers(
                     min_score=min_score, min_confidence=min_confidence, rerank=rerank, watch=watch,
                 )  # fmt: skip
             except (ImageError, ConfigError) as error:
-                if len(queries) == 1 or not (isinstance(error, ImageError) or crop):
+                of_this_one = isinstance(error, ImageError) or (
+                    (crop or minus) and not isinstance(error, ConditionError)
+                )
+                if len(queries) == 1 or not of_this_one:
                     raise  # what is wrong with a condition is wrong for all
                 click.echo(f"Error: {error}", err=True)
-                yield _Answer(query, [], encoder, str(error))
+                yield _Answer(name, [], encoder, str(error))
                 continue
             if min_confidence and any(hit.confidence is None for hit in hits):
                 click.echo("too few pictures are indexed to tell confidence: --min-confidence left none out", err=True)
             if sheet is not None:
                 write_sheet(sheet, parts, hits, explain(encoder, parts[0], [hit.path for hit in hits]) if why else [])
-            yield _Answer(query, hits, encoder)
+            yield _Answer(name, hits, encoder)
 
 
 @contextlib.contextmanager
@@ -285,6 +294,7 @@ def _printer(as_json: bool, as_jsonl: bool, print0: bool) -> Callable[[_Answer, 
 
 def _print_table(answer: _Answer, _: object) -> None:
     from mimco_deploy.serving.background import in_words
+    from mimco_deploy.serving.index import least_by_chance
     from mimco_deploy.terminal import print_thumbnail
 
     here = f"{Path.cwd()}{os.sep}"
@@ -292,7 +302,7 @@ def _print_table(answer: _Answer, _: object) -> None:
         print_thumbnail(hit.path)
         path = printable(hit.path).removeprefix(here)
         click.echo(f"{rank:>3}  {hit.score:.4f}  {in_words(hit.confidence):<8}  {path}")
-    best = answer.hits[0].expected_by_chance if answer.hits else None
+    best = least_by_chance(answer.hits)
     if not answer.hits and answer.error is None:
         click.echo(f"nothing found for {printable(answer.query)}", err=True)
     elif best is not None and best >= 1:
@@ -302,11 +312,12 @@ def _print_table(answer: _Answer, _: object) -> None:
         )
 
 
-def _read_list(path: Path) -> list[Path]:
+def _read_list(path: str) -> list[Path]:
     try:
-        content = sys.stdin.buffer.read() if path == Path("-") else path.read_bytes()
+        content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror})", expected="a list of pictures") from error
+    content = content.removeprefix(codecs.BOM_UTF8)
     lines = content.split(b"\0") if b"\0" in content else [line.removesuffix(b"\r") for line in content.split(b"\n")]
     paths = [Path(os.fsdecode(line)) for line in lines if line.strip()]
     if not paths:

@@ -112,10 +112,18 @@ def references_of(background: Background | None, vectors: Vectors) -> Vectors:
 
 
 def keep_background(catalog: Catalog, vectors: Vectors, dead: npt.NDArray[np.int64]) -> None:
-    """Measure the background where there is none yet or the index has grown. Outside of any transaction."""
+    """Measure the background where there is none yet or the index has grown; drop it where too few pictures are left.
+
+    Outside of any transaction.
+    """
     with catalog.snapshot():
         now = background_of(catalog)
-    if len(vectors) - len(dead) < _MIN_ROWS or (now is not None and len(vectors) < _GROWTH * now.rows):
+    if len(vectors) - len(dead) < _MIN_ROWS:
+        if now is not None:
+            with catalog.transaction():
+                catalog.set_setting(_SETTING, None)
+        return
+    if now is not None and len(vectors) < _GROWTH * now.rows:
         return
     measured = _measure(vectors, dead)
     with catalog.transaction():

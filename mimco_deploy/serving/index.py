@@ -12,7 +12,7 @@ import functools
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
 from pathlib import Path
@@ -54,6 +54,11 @@ class Hit:
     """How many of the pictures searched would score this or more by chance; None where there are too few to tell."""
     confidence: float | None = None
     """1 / (1 + expected by chance), in (0, 1]: whether the score stands out; see `background.py`."""
+
+
+def least_by_chance(hits: Sequence[Hit]) -> float | None:
+    """Of the hit that stands out most, which need not be the first where they are reranked; None where not known."""
+    return min((hit.expected_by_chance for hit in hits if hit.expected_by_chance is not None), default=None)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from mimco_deploy.html_page import place_of_page
 from mimco_deploy.images import decode_image, read_image
 from mimco_deploy.preprocess import Crop, cut
 from mimco_deploy.serving.background import in_words
-from mimco_deploy.serving.index import Hit
+from mimco_deploy.serving.index import Hit, least_by_chance
 from mimco_deploy.serving.query import Part
 from mimco_deploy.serving.scan import readable
 from mimco_deploy.serving.why import Reason
@@ -134,7 +134,7 @@ def _name(part: Part) -> str:
 
 
 def _no_match(hits: Sequence[Hit]) -> str:
-    best = hits[0].expected_by_chance if hits else None
+    best = least_by_chance(hits)
     if best is None or best < 1:
         return ""
     return f"<p><strong>Nothing really matches</strong>: about {best:,.0f} pictures would be as alike by chance.</p>\n"

@@ -10,7 +10,7 @@ from PIL import Image
 
 from mimco_deploy.errors import BundleError, ConfigError, ImageError
 from mimco_deploy.serving import Filter, ImageIndex, Part, search_image, update_index
-from mimco_deploy.serving.background import in_words, keep_background
+from mimco_deploy.serving.background import in_words
 from mimco_deploy.serving.catalog import Catalog
 from mimco_deploy.serving.generations import current_generation
 from mimco_deploy.serving.query import query_embedding, query_pixels
@@ -186,9 +186,10 @@ def test_the_background_is_measured_again_when_the_index_has_grown(tmp_path: Pat
         update_index(tmp_path / "index", [tmp_path / "photos"], CountingEncoder())
         seen.append(rows())
     assert seen == [0, 50, 50, 70]
-    with Catalog(current_generation(tmp_path / "index").catalog) as catalog:
-        keep_background(catalog, np.zeros((10, 16), np.float32), np.array([], np.int64))
-    assert rows() == 70
+    for path in sorted((tmp_path / "photos").iterdir())[39:]:
+        path.unlink()
+    update_index(tmp_path / "index", [tmp_path / "photos"], CountingEncoder())
+    assert rows() == 0, "too few are left to tell"
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,20 @@ def test_standard_input_is_the_query_alone(workspace: Path) -> None:
     assert "standard input is read for the query alone" in refused.stderr
 
 
+def test_a_file_may_have_the_name_of_standard_input(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    one, two = workspace / "photos/0001.png", workspace / "photos/0002.png"
+    shutil.copyfile(one, "-")
+    piped = two.read_bytes()
+    assert run(workspace, "./-", "-", "-k", 1, "-0", stdin=piped).stdout_bytes == b"%b\0%b\0" % (bytes(one), bytes(two))
+    assert run(workspace, "--list", "-", "-k", 1, "-0", stdin=b"-\n").stdout_bytes == b"%b\0" % bytes(one)
+    Path("-").write_bytes(bytes(two))
+    assert run(workspace, "--list", "./-", "-k", 1, "-0").stdout_bytes == b"%b\0" % bytes(two)
+    assert run(workspace, "-", "--list", "-", stdin=bytes(two)).exit_code == 2
+
+
 def test_json_lines_and_paths_with_nul(workspace: Path) -> None:
     path = workspace / "photos/0008.png"
     lines = [json.loads(line) for line in run(workspace, path, "-k", 3, "--jsonl").stdout.splitlines()]
@@ -90,12 +104,21 @@ def test_a_crop_outside_of_one_query_does_not_stop_the_others(workspace: Path, t
     assert run(workspace, workspace / "photos/0001.png", "--crop", "150,150,20,20").exit_code == 1
 
 
+def test_a_query_that_cancels_itself_does_not_stop_the_others(workspace: Path) -> None:
+    one, two = workspace / "photos/0001.png", workspace / "photos/0002.png"
+    done = run(workspace, one, two, "--minus", one, "-k", 1, "--json")
+    assert done.exit_code == 0
+    assert ["error" in json.loads(line) for line in done.stdout.splitlines()] == [True, False]
+    assert done.stderr.count("cancel each other") == 1
+    assert run(workspace, one, "--minus", one).exit_code == 1
+    wrong = run(workspace, one, two, "--minus", one, "--where", "colour = 1")
+    assert (wrong.exit_code, wrong.stderr.count("cannot be used")) == (1, 1)
+
+
 def test_a_list_of_another_system_and_an_empty_one(workspace: Path) -> None:
-    path = workspace / "photos/0001.png"
-    listed = run(
-        workspace, "--list", "-", "-k", 1, "-0", stdin=os.fsencode(path) + b"\r\n" + os.fsencode(path) + b"\r\n"
-    )
-    assert listed.stdout_bytes == 2 * (os.fsencode(path) + b"\0")
+    path = bytes(workspace / "photos/0001.png")
+    listed = run(workspace, "--list", "-", "-k", 1, "-0", stdin=b"\xef\xbb\xbf%b\r\n%b\r\n" % (path, path))
+    assert listed.stdout_bytes == 2 * (path + b"\0")
     empty = run(workspace, "--list", "-", stdin=b"\n")
     assert (empty.exit_code, "names no picture" in empty.stderr) == (1, True)
 

@@ -45,8 +45,8 @@ def sheet(folder: Path, query: Path, hits: list[Hit]) -> Page:
 
 def test_it_says_so_where_nothing_really_matches(tmp_path: Path) -> None:
     query = save(tmp_path / "query.png", 1)
-    for expected, said in ((3.0, True), (0.9, False), (None, False)):
-        page = sheet(tmp_path, query, [Hit(query, 0.5, "0" * 64, expected, 0.25)])
+    for expected, said in (((3.0,), True), ((0.9,), False), ((None,), False), ((3.0, 0.9), False), ((), False)):
+        page = sheet(tmp_path, query, [Hit(query, 0.5, "0" * 64, chance, 0.25) for chance in expected])
         assert ("Nothing really matches" in page.text) == said
 
 
