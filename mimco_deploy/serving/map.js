@@ -360,7 +360,8 @@ function fillCard(i) {
   $("name").textContent = data.names[i];
   $("folder").textContent = folderText(folderOf[i]);
   $("date").textContent = dateText(i);
-  $("note").textContent = problem ? `No picture: ${problem}` : t === undefined ? "Too many pictures for one here" : "";
+  const without = thumbs.length ? `Not among the ${number(thumbs.length)} with a thumbnail` : "This map has no thumbnails";
+  $("note").textContent = problem ? `No picture: ${problem}` : t === undefined ? without : "";
   const lines = copies.length ? [copies.length === 1 ? "1 copy" : `${number(copies.length)} copies`, ...copies.slice(0, 5)] : [];
   $("copies").replaceChildren(...lines.map((line) => {
     const item = document.createElement("li");
@@ -475,22 +476,29 @@ $("fit").addEventListener("click", KEYS["0"]);
 // ------------------------------------------------------------------ search
 
 let lower = null;
+function folded(text) { return text.normalize().toLowerCase(); } // macOS writes an é as two letters
 function search() {
-  const text = $("query").value.toLowerCase();
+  const text = folded($("query").value);
   matches = null;
   matchCount = 0;
   if (text) {
-    lower ??= data.folders.map((_, folder) => folderText(folder).toLowerCase() + "/");
+    lower ??= data.folders.map((_, folder) => folded(folderText(folder)) + "/");
     matches = new Uint8Array(N);
     for (let i = 0; i < N; i++) {
-      const hit = (lower[folderOf[i]] + data.names[i].toLowerCase()).includes(text)
-        || copiesOf.get(i)?.some((copy) => copy.toLowerCase().includes(text));
+      const hit = (lower[folderOf[i]] + folded(data.names[i])).includes(text)
+        || copiesOf.get(i)?.some((copy) => folded(copy).includes(text));
       if (hit) { matches[i] = 1; matchCount++; }
     }
   }
-  $("found").textContent = !matches ? "" : matchCount ? `${number(matchCount)} found; Enter shows them` : "Nothing found";
+  tellFound();
   activate(-1);
   draw();
+}
+function tellFound() {
+  let seen = 0;
+  if (matches) for (let i = 0; i < N; i++) if (matches[i] && visible(i)) seen++;
+  $("found").textContent = !matches ? "" : seen ? `${number(seen)} found; Enter shows them`
+    : matchCount ? `${number(matchCount)} found in hidden folders` : "Nothing found";
 }
 let typing = 0;
 $("query").addEventListener("input", () => { clearTimeout(typing); typing = setTimeout(search, N > 5000 ? 120 : 0); });
@@ -513,6 +521,7 @@ $("query").addEventListener("keydown", (event) => {
 // ------------------------------------------------------------------ legend
 
 data.groups.forEach((group, g) => {
+  if (!group.count) return; // copies alone
   const button = document.createElement("button"), dot = document.createElement("i");
   const name = document.createElement("span"), count = document.createElement("span");
   button.type = "button";
@@ -526,6 +535,7 @@ data.groups.forEach((group, g) => {
   button.addEventListener("click", () => {
     shown[g] = !shown[g];
     button.setAttribute("aria-pressed", shown[g]);
+    tellFound();
     activate(-1);
     draw();
   });

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,20 @@ from tests.helpers import CountingEncoder, gallery, save
 
 pytestmark = MARKS
 MARKUP = "<b>bold<∕b>.png"
+
+
+@pytest.fixture
+def other(browser: Any, tmp_path: Path) -> Iterator[Any]:
+    """A map without thumbnails of three folders, one of them with a copy alone."""
+    save(tmp_path / "images/one" / unicodedata.normalize("NFD", "Café.png"), 1)
+    save(tmp_path / "images/two/plain.png", 2)
+    save(tmp_path / "images/two/other.png", 3)
+    save(tmp_path / "images/zero/copy.png", 2)
+    update_index(tmp_path / "index", [tmp_path / "images"], CountingEncoder())
+    write_map(tmp_path / "map.html", tmp_path / "index", "pca", 0)
+    with opened(browser, (tmp_path / "map.html").as_uri()) as page:
+        until(page, "document.documentElement.dataset.ready !== undefined")
+        yield page
 
 
 @pytest.fixture
@@ -62,3 +77,27 @@ def test_part_of_a_path_is_found_and_its_card_opens_the_file(page: Any) -> None:
     page.locator("#list a").first.hover()
     assert page.locator("#card #name").inner_text() == MARKUP
     assert page.locator("#card #open").get_attribute("href").endswith("/images/%3Cb%3Ebold%3C%E2%88%95b%3E.png")
+
+
+def test_a_name_is_found_however_its_accents_are_written(other: Any) -> None:
+    for text in (unicodedata.normalize(form, "CAFÉ") for form in ("NFC", "NFD")):
+        other.fill("#query", text)
+        until(other, "document.getElementById('found').textContent.startsWith('1 found;')")
+        other.fill("#query", "")
+        until(other, "document.getElementById('found').textContent === ''")
+
+
+def test_what_is_found_in_hidden_folders_is_told(other: Any) -> None:
+    assert other.locator("#groups button").all_inner_texts() == ["two\n2", "one\n1"]
+    other.fill("#query", "plain")
+    until(other, "document.getElementById('found').textContent === '1 found; Enter shows them'")
+    other.click("#groups button >> nth=0")
+    assert other.locator("#found").inner_text() == "1 found in hidden folders"
+    other.click("#groups button >> nth=0")
+    assert other.locator("#found").inner_text() == "1 found; Enter shows them"
+
+
+def test_a_map_without_thumbnails_says_so(other: Any) -> None:
+    other.evaluate("document.getElementById('listing').open = true")
+    other.locator("#list a").first.hover()
+    assert other.locator("#card #note").inner_text() == "This map has no thumbnails"
