@@ -62,7 +62,7 @@ class Client:
 
     Args:
         url: of the service.
-        token: that it asks for.
+        token: that it asks for; none where it is empty.
         timeout_s: for connecting, and between two parts of what is sent or answered.
         patience_s: how long in all one call waits and tries again where the service is busy.
         transport: instead of the network.
@@ -79,9 +79,9 @@ class Client:
     ) -> None:
         self.patience_s = patience_s
         self._url, self._timeout_s = url, timeout_s
-        if token is not None and not (token.isascii() and token.isprintable()):
+        if token and not (token.isascii() and token.isprintable()):
             raise ConfigError("the token holds what no token can", expected="printable letters of ASCII")
-        headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
         try:
             self._http = httpx.Client(
                 base_url=url, headers=headers, timeout=timeout_s, trust_env=False, transport=transport
@@ -378,7 +378,13 @@ class Client:
     # ----------------------------------------------------------------------------------------------- inside
 
     def _get(self, path: str, asked: Mapping[str, Any] | None = None) -> httpx.Response:
-        return self._answer_to(self._http.build_request("GET", path, params=asked))
+        try:
+            request = self._http.build_request("GET", path, params=asked)
+        except UnicodeEncodeError as error:
+            raise ConfigError(
+                f"{error.object!r} cannot be sent", expected="a text without bytes that are none"
+            ) from None
+        return self._answer_to(request)
 
     def _post(
         self, path: str, document: object, files: Sequence[bytes], headers: Mapping[str, str] | None = None
@@ -386,9 +392,9 @@ class Client:
         """Send JSON, or where there are files a form of both."""
         if not files:
             json_headers = {"Content-Type": "application/json", **(headers or {})}
-            content = json.dumps(document)
+            content = _as_json(document)
             return self._answer_to(self._http.build_request("POST", path, content=content, headers=json_headers))
-        fields = {} if document is None else {"request": json.dumps(document)}
+        fields = {} if document is None else {"request": _as_json(document)}
         form = [("file", (f"{number}", content, _FLOATS)) for number, content in enumerate(files)]
         return self._answer_to(self._http.build_request("POST", path, data=fields, files=form, headers=headers))
 
@@ -416,7 +422,7 @@ class Client:
 def _as_service_error(url: str) -> Iterator[None]:
     try:
         yield
-    except (httpx.TransportError, httpx.DecodingError) as error:
+    except (httpx.TransportError, httpx.DecodingError, UnicodeError) as error:  # the last: of a name of no host
         raise ServiceError(None, f"no answer of {url} ({str(error) or type(error).__name__})") from error
 
 
@@ -450,7 +456,11 @@ def _portions(pictures: Sequence[Picture]) -> Iterator[list[Picture]]:
 
 
 def _quoted(name: str) -> str:
-    return quote(name, safe="")
+    return quote(name, safe="", errors="surrogateescape")
+
+
+def _as_json(document: object) -> str:
+    return json.dumps(document, default=np.generic.item)  # NumPy's numbers are numbers
 
 
 def _content(path: Path) -> bytes:

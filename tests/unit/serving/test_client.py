@@ -133,6 +133,31 @@ def test_weights_crops_and_conditions_are_sent(client: Client, workspace: Path, 
     assert client.search(seven, k=COUNT, min_confidence=0.9).hits == sure
 
 
+def test_numbers_of_numpy_are_sent_as_numbers(client: Client, workspace: Path, seven: str) -> None:
+    file = workspace / "photos/0008.png"
+    numbers: dict[str, Any] = {
+        "weights": np.array([1, -0.5], np.float32), "k": np.int64(3), "min_score": np.float32(-0.5)
+    }  # fmt: skip
+    plain = client.search(seven, file, weights=[1, -0.5], k=3, min_score=-0.5)
+    assert client.search(seven, file, **numbers).hits == plain.hits
+    assert len(client.search(file, crop=tuple(np.array([0, 0, 0.5, 0.5], np.float32)), k=3).hits) == 3
+
+
+def test_what_is_no_text_is_told(client: Client, seven: str) -> None:
+    with pytest.raises(ConfigError, match="cannot be sent"):
+        next(client.pictures(root=Path("caf\udce9")))
+    with pytest.raises(ConfigError, match="cannot be sent"):
+        client.duplicates(root="caf\udce9")
+    for ask in (
+        lambda: client.search(seven, where="name = '\udce9'"),
+        lambda: client.picture("\udce9"),
+        lambda: client.start_update(Path("caf\udce9")),
+    ):
+        with pytest.raises(ServiceError) as refused:
+            ask()
+        assert refused.value.status == 422
+
+
 def test_what_cannot_be_searched_is_told(client: Client, workspace: Path, seven: str) -> None:
     with pytest.raises(ServiceError, match="is not in the index") as missing:
         client.search(NOWHERE)
@@ -312,6 +337,15 @@ def test_a_token_is_asked_for(workspace: Path) -> None:
             assert client.search(workspace / "photos/0007.png", k=1).hits
     with pytest.raises(ConfigError, match="token"):
         Client(token="naïve")
+    sent: list[httpx.Headers] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        sent.append(request.headers)
+        return httpx.Response(200, json=VERSION)
+
+    with stand_in(answer, token="") as client:
+        client.version()
+    assert "Authorization" not in sent[0]
 
 
 def test_nobody_there_is_an_error_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,8 +356,9 @@ def test_nobody_there_is_an_error_of_ours(monkeypatch: pytest.MonkeyPatch) -> No
         with Client(url) as client, pytest.raises(ServiceError, match="no answer") as nobody:
             client.version()
     assert nobody.value.status is None
-    with Client("nonsense") as client, pytest.raises(ServiceError):
-        client.version()
+    for url in ("nonsense", "http://a..b"):
+        with Client(url) as client, pytest.raises(ServiceError):
+            client.version()
     with pytest.raises(ConfigError, match="url"):
         Client("http://host:port")
 
