@@ -63,9 +63,9 @@ def least_by_chance(hits: Sequence[Hit]) -> float | None:
 
 @dataclass(frozen=True)
 class _State:
-    """What a search needs, valid for one revision of one generation."""
+    """What a search needs, valid for one revision of what one pointer led to."""
 
-    generation: Generation
+    pointer: tuple[int, int]
     revision: int
     searcher: Searcher
     background: Background | None
@@ -171,8 +171,8 @@ class ImageIndex:
     @_of_the_newest
     def picture_count(self) -> int:
         """Different pictures that a search looks through."""
-        with self._reading() as (generation, catalog):
-            return self._refreshed(generation, catalog).searcher.count
+        with self._connected(None) as connection:
+            return self._refreshed(connection).searcher.count
 
     def roots(self) -> list[Path]:
         """The indexed folders, absolute, sorted."""
@@ -189,10 +189,13 @@ class ImageIndex:
         with self._reading() as (_, catalog):
             return catalog.problems()
 
-    def state(self) -> tuple[int, int]:
-        """Number of the generation and its revision: together they change whenever what a search sees does."""
-        with self._reading() as (generation, catalog):
-            return generation.number, catalog.revision()
+    def state(self) -> tuple[int, int, tuple[int, int]]:
+        """Number of the generation, its revision, and what differs where an index was deleted and made anew.
+
+        Together they change whenever what a search sees does.
+        """
+        with self._connected(None) as connection:
+            return connection.generation.number, connection.catalog.revision(), connection.pointer
 
     def files_with(self, content: str) -> list[Listed]:
         """The files of one content, sorted.
@@ -289,7 +292,7 @@ class ImageIndex:
             raise ValueError(f"k = {k}, expected at least 1")
         condition = condition or None
         with self._connected(condition) as connection:
-            state = self._refreshed(connection.generation, connection.catalog)
+            state = self._refreshed(connection)
             if not state.searcher.count:
                 raise IndexStoreError(f"the index in {self.path} holds no picture", command="mimco index DIR")
             searcher = state.searcher if condition is None else _within(state, connection, condition)
@@ -336,16 +339,18 @@ class ImageIndex:
                 return connection
             connection.catalog.close()
 
-    def _refreshed(self, generation: Generation, catalog: Catalog) -> _State:
+    def _refreshed(self, connection: _Connection) -> _State:
+        generation, catalog = connection.generation, connection.catalog
         revision = catalog.revision()
         with self._opening:
             state = self._state
-            if state is None or (state.generation, state.revision) != (generation, revision):
+            # Not by the generation: an index that was deleted and made anew counts from 1 again.
+            if state is None or (state.pointer, state.revision) != (connection.pointer, revision):
                 vectors = read_vectors(generation.vectors, catalog.embedding_dim, catalog.row_count())
                 background = background_of(catalog)
                 references = references_of(background, vectors)
                 searcher = open_searcher(generation, catalog, vectors)
-                state = self._state = _State(generation, revision, searcher, background, references)
+                state = self._state = _State(connection.pointer, revision, searcher, background, references)
         return state
 
 
@@ -364,7 +369,7 @@ def _connect(path: Path) -> _Connection:
 
 
 def _pointer(path: Path) -> tuple[int, int]:
-    """What changes when another generation takes over: its file is replaced."""
+    """What changes when another generation, or another index, takes over: its file is replaced."""
     try:
         status = (path / POINTER_FILE).stat()
     except OSError:

@@ -96,7 +96,7 @@ async def ready(request: Request, shared: Shared) -> schemas.Health | Response:
 async def metrics(shared: Shared) -> Response:
     """Counters and histograms."""
     service = shared.service
-    generation, revision = await service.read(lambda index: index.state())
+    generation, revision, _ = await service.read(lambda index: index.state())
     shared.metrics.generation.set(generation)
     shared.metrics.revision.set(revision)
     shared.metrics.pictures.set((await service.read(lambda index: index.counts())).files)

@@ -199,7 +199,7 @@ async def watch_job(shared: Shared, id: JobId) -> StreamingResponse:
 @router.get("/version", response_model=schemas.Version, responses=refusals(), tags=["service"])
 async def get_version(shared: Shared) -> schemas.Version:
     """What is running."""
-    generation, _ = await shared.service.read(lambda index: index.state())
+    generation, *_ = await shared.service.read(lambda index: index.state())
     now = shared.service.now
     return schemas.Version(
         version=__version__,

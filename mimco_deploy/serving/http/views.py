@@ -45,7 +45,7 @@ class Views:
     async def status(self) -> schemas.IndexStatus:
         """What the index holds."""
         service = self._service
-        found, (_, revision) = await service.read(lambda index: (status_of(index.path), index.state()))
+        found, (_, revision, _) = await service.read(lambda index: (status_of(index.path), index.state()))
         return schemas.IndexStatus(
             fingerprint=found.fingerprint,
             embedding_dim=found.embedding_dim,

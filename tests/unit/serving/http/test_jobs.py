@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +115,25 @@ def test_an_index_made_anew_is_taken_up_without_a_refused_request(own: Place) ->
         assert set(codes) == {200}
         assert len(codes) > 3
         assert client.get("/v1/version").json()["index_generation"] == 4
+
+
+def test_an_index_deleted_and_made_anew_is_another_one(own: Place, tmp_path: Path) -> None:
+    """It has the same generation and revision."""
+    with client_of(own) as client:
+        before = client.get("/v1/index").json()
+        assert search(client, own.picture(3)).json()["hits"][0]["path"] == str(own.picture(3))
+        assert len(client.get("/v1/map").json()["ids"]) == 12
+        shutil.rmtree(own.index)
+        gallery(tmp_path / "other", 5, first=100)
+        update_index(own.index, [tmp_path / "other"], load_encoder(own.encoder))
+        status = client.get("/v1/index").json()
+        assert (status["generation"], status["revision"]) == (before["generation"], before["revision"])
+        hit = search(client, tmp_path / "other/0102.png").json()["hits"][0]
+        assert hit["path"] == str(tmp_path / "other/0102.png")
+        assert hit["score"] == pytest.approx(1.0)
+        assert client.get("/v1/map").json()["ids"] == [
+            sha256((tmp_path / f"other/{number:04d}.png").read_bytes()).hexdigest() for number in range(100, 105)
+        ]
 
 
 def test_an_index_of_another_encoder_is_taken_up_with_that_encoder(own: Place, tmp_path: Path) -> None:
