@@ -8,7 +8,7 @@ bytes and that many bytes:
     hash      b"H" stamp sha256   with the flag HASH; answered by b"1", decode it, or b"0", do not
     pixels    b"P" stamp sha256 length-of-facts facts pixels     facts: JSON of `images.Facts`
     refused   b"R" stamp problem NUL words
-    small     b"T" stamp JPEG     where a side for thumbnails was asked for
+    small     b"T" JPEG           where a side for thumbnails was asked for
     bad crop  b"C" words
     vanished  b"V"
 
@@ -141,7 +141,7 @@ def _answer(
 ) -> None:
     flags, thumbnail_px, *box = REQUEST.unpack_from(request)
     if thumbnail_px:
-        write_frame(answers, b"T", stamp, _thumbnail(content, name, thumbnail_px))
+        write_frame(answers, b"T", _thumbnail(content, name, thumbnail_px))
         return
     sha256 = hashlib.sha256(content).digest()
     if flags & HASH:

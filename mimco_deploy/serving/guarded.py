@@ -119,22 +119,17 @@ class DecodePool:
         """As `read`, of a file's content; the stamp says nothing."""
         return self._content(self._ask(_request(CONTENT, 0, crop) + content, None))
 
-    def thumbnail(self, path: Path, side_px: int) -> tuple[Stamp, bytes]:
-        """A small copy of a file.
+    def thumbnail(self, content: bytes, side_px: int) -> bytes:
+        """A small copy of a picture as JPEG.
 
         Args:
-            path: absolute.
+            content: of its file.
             side_px: the longest side, unless the picture is smaller.
 
-        Returns:
-            The stamp of the file, and a JPEG.
-
         Raises:
-            VanishedError: it is gone.
             RefusedError: as for `read`.
         """
-        answer = self._ask(_request(0, side_px, None) + os.fsencode(path), path)
-        return _stamp(answer), answer[1 + STAMP.size :]
+        return self._ask(_request(CONTENT, side_px, None) + content, None)[1:]
 
     def start(self, count: int) -> None:
         """Start processes before they are needed, which takes a tenth of a second each."""

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import errno
 import logging
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -37,7 +38,7 @@ from mimco_deploy.serving.index import Hit, ImageIndex
 from mimco_deploy.serving.inspect import recorded_encoder
 from mimco_deploy.serving.pictures import available_cpus
 from mimco_deploy.serving.query import RERANKED, weighted_sum
-from mimco_deploy.serving.scan import readable, stamp_of
+from mimco_deploy.serving.scan import readable
 from mimco_deploy.serving.why import Reason, check_patches, explain_pixels, order_by_parts
 from mimco_deploy.stopwatch import Stopwatch
 
@@ -215,21 +216,6 @@ class Service:
             raise NotThereError(f"no picture {content[:12]}… in the index")
         return files
 
-    async def file_of(self, content: str) -> Path:
-        """A file that has a content, as it was indexed.
-
-        Raises:
-            NotThereError: the index has none.
-            GoneError: the disk has none any more.
-        """
-        for file in await self.files_with(content):
-            path = Path(file.root, file.path)
-            with contextlib.suppress(OSError):
-                status = await asyncio.to_thread(path.stat)
-                if stamp_of(status) == file.stamp:
-                    return path
-        raise GoneError(f"the picture {content[:12]}… is gone or changed since it was indexed", command="mimco index")
-
     async def open_content(self, content: str) -> tuple[Path, int]:
         """A file that has a content, by its path and open for reading; see `Originals`. To be closed by the caller.
 
@@ -237,13 +223,8 @@ class Service:
             NotThereError: the index has none.
             GoneError: the disk has none any more.
         """
-        for file in await self.files_with(content):
-            path = Path(file.root, file.path)
-            with _gone_or_busy():
-                descriptor = await asyncio.to_thread(self._originals.open, path, file.stamp, content)
-                if descriptor is not None:
-                    return path, descriptor
-        raise GoneError(f"the picture {content[:12]}… is gone or changed since it was indexed", command="mimco index")
+        files = await self.files_with(content)
+        return await asyncio.to_thread(self._open, files, content)
 
     async def thumbnail(self, content: str, side_px: int) -> bytes:
         """A small JPEG of a content.
@@ -253,13 +234,11 @@ class Service:
             GoneError: the disk has none any more.
             ImageError: it cannot be decoded any more.
         """
-        path = await self.file_of(content)
         draw = self.now.decoders.thumbnail
         try:
-            _, small = await asyncio.get_running_loop().run_in_executor(self._drawing, draw, path, side_px)
-        except FileNotFoundError:
-            raise GoneError(f"the picture {content[:12]}… is gone", command="mimco index") from None
-        return small
+            return await self._with_content(self._drawing, content, lambda found: draw(found, side_px))
+        except FileNotFoundError:  # another encoder took over, and its processes with it
+            raise BusyError(1) from None
 
     # ------------------------------------------------------------------------------------------------- inside
 
@@ -341,16 +320,15 @@ class Service:
         check_patches(now.encoder)
         async with now.batcher.admit(1, patient=patient):
             query = _pixels(await self._content(now, part, uploads))
-            pixels = await asyncio.gather(*(self._pixels_or_none(now, hit.path) for hit in hits))
+            pixels = await asyncio.gather(*(self._pixels_or_none(now, hit) for hit in hits))
             reasons = await now.batcher.alone(lambda: explain_pixels(now.encoder, query, pixels))
         return order_by_parts(hits, reasons)
 
     async def _why(self, now: _Running, request: schemas.WhyRequest, uploads: Sequence[Upload]) -> schemas.Why:
         check_patches(now.encoder)
-        path = await self.file_of(request.hit)
         async with now.batcher.admit(2):
             query = await self._content(now, request.query, uploads)
-            hit = await self._decode_file(now, path, None)
+            hit = await self._decode_indexed(now, request.hit, None)
             (reason,) = await now.batcher.alone(lambda: explain_pixels(now.encoder, _pixels(query), [_pixels(hit)]))
         assert reason is not None
         spec = now.encoder.spec
@@ -379,24 +357,40 @@ class Service:
             if listed is None:
                 raise NotThereError(f"{part.path} is not in the index")
             content = listed
-        return await self._decode_file(now, await self.file_of(content), part.crop)
+        return await self._decode_indexed(now, content, part.crop)
 
     async def _decode(self, now: _Running, content: bytes, crop: Crop | None) -> Content:
         return await asyncio.get_running_loop().run_in_executor(self._decoding, now.decoders.decode, content, crop)
 
-    async def _decode_file(self, now: _Running, path: Path, crop: Crop | None) -> Content:
-        try:
-            return await asyncio.get_running_loop().run_in_executor(
-                self._decoding, lambda: now.decoders.read(path, crop=crop)
-            )
-        except FileNotFoundError:
-            raise GoneError(f"{readable(path)} is gone", command="mimco index") from None
+    async def _decode_indexed(self, now: _Running, content: str, crop: Crop | None) -> Content:
+        return await self._with_content(self._decoding, content, lambda found: now.decoders.decode(found, crop))
 
-    async def _pixels_or_none(self, now: _Running, path: Path) -> Pixels | None:
+    async def _pixels_or_none(self, now: _Running, hit: Hit) -> Pixels | None:
         try:
-            return _pixels(await self._decode_file(now, path, None))
-        except (ImageError, GoneError):
+            found = await asyncio.get_running_loop().run_in_executor(self._decoding, now.decoders.read, hit.path)
+        except (ImageError, FileNotFoundError):
             return None
+        return _pixels(found) if found.sha256.hex() == hit.content else None
+
+    async def _with_content(self, pool: ThreadPoolExecutor, content: str, work: Callable[[bytes], Result]) -> Result:
+        """Do something, in a thread, with the bytes of a file that is as it was indexed; see `Originals`."""
+        files = await self.files_with(content)
+
+        def read() -> Result:
+            with os.fdopen(self._open(files, content)[1], "rb") as file:
+                found = file.read(files[0].stamp.size)  # bounded also where it grows
+            return work(found)
+
+        return await asyncio.get_running_loop().run_in_executor(pool, read)
+
+    def _open(self, files: Sequence[Listed], content: str) -> tuple[Path, int]:
+        for file in files:
+            path = Path(file.root, file.path)
+            with _gone_or_busy():
+                descriptor = self._originals.open(path, file.stamp, content)
+                if descriptor is not None:
+                    return path, descriptor
+        raise GoneError(f"the picture {content[:12]}… is gone or changed since it was indexed", command="mimco index")
 
     @contextlib.contextmanager
     def _one_of_few(self) -> Iterator[None]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
@@ -43,6 +45,19 @@ def make_place(folder: Path, count: int = COUNT) -> Place:
 def client_of(place: Place, settings: ServeSettings | None = None, token: str | None = None) -> TestClient:
     app = create_app(place.index, place.encoder, settings, token=token)
     return TestClient(app, base_url=ADDRESS)
+
+
+class PatchEncoder:
+    """Adds patch tokens, the mean colours of a grid of 4 × 4, to an encoder."""
+
+    def __init__(self, encoder: Any) -> None:
+        self.spec = replace(encoder.spec, patch_grid=4)
+        self.embed, self.provider, self.precision = encoder.embed, encoder.provider, encoder.precision
+
+    def embed_with_patches(self, images: Any) -> Any:
+        side = images.shape[1] // 4
+        cells = images.reshape(len(images), 4, side, 4, side, 3).mean(axis=(2, 4)) - 127.5
+        return self.embed(images), cells.reshape(len(images), 16, 3).astype(np.float32)
 
 
 @pytest.fixture(scope="session")

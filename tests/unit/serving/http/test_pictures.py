@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from starlette.testclient import TestClient
 
-from tests.helpers import save
-from tests.unit.serving.http.conftest import COUNT, Place, client_of, make_place
+from tests.helpers import noise, save
+from tests.unit.serving.http.conftest import COUNT, PatchEncoder, Place, client_of, make_place
 
 
 def id_of(client: TestClient, path: Path) -> str:
@@ -90,22 +92,52 @@ def test_only_what_is_as_it_was_indexed_is_given_out(tmp_path: Path) -> None:
 
 
 def test_a_link_to_another_file_of_the_same_size_and_date_is_not_followed(tmp_path: Path) -> None:
-    """Whoever may write in an indexed folder gets no file that the service alone may read."""
+    """Whoever may write in an indexed folder gets nothing of a file that the service alone may read."""
     place = make_place(tmp_path.resolve(), 12)
-    picture = place.picture(3)
-    secret = tmp_path / "secret"
-    secret.write_bytes(b"s" * picture.stat().st_size)
+    picture, other = place.picture(3), place.picture(4)
     stamp = picture.stat()
+    secret = tmp_path / "secret"
+    noise(3).point(lambda value: value // 2 + 64).save(secret, "PNG", optimize=True)
+    secret.write_bytes(secret.read_bytes().ljust(stamp.st_size, b"\0"))
+    os.utime(secret, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    assert secret.stat().st_size == stamp.st_size
     with client_of(place) as client:
-        address = f"/v1/pictures/{id_of(client, picture)}/file"
-        assert client.get(address).status_code == 200
-        os.utime(secret, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
-        picture.unlink()
+        found, aside = id_of(client, picture), id_of(client, other)
+        service = client.app.state.context.service  # type: ignore[attr-defined]
+        service._now.encoder = PatchEncoder(service.now.encoder)
+
+        def asked() -> list[Any]:
+            part = {"id": found, "crop": [0, 0, 1, 1]}
+            return [
+                *(client.get(f"/v1/pictures/{found}/{what}") for what in ("file", "thumbnail", "thumbnail?px=64")),
+                client.post("/v1/search", json={"parts": [part]}),
+                client.post("/v1/why", json={"query": part, "hit": aside}),
+                client.post("/v1/why", json={"query": {"id": aside}, "hit": found}),
+            ]
+
+        query = picture.read_bytes()
+
+        def best_by_parts() -> str:
+            request = {"where": f"name in ('{picture.name}', '{other.name}')", "rerank": True}
+            answer = client.post("/v1/search", data={"request": json.dumps(request)}, files=[("file", query)])
+            return str(answer.json()["hits"][0]["path"])
+
+        true = client.get(f"/v1/pictures/{found}/thumbnail?px=128").content  # nothing is enlarged
+        assert client.get(f"/v1/pictures/{found}/file").status_code == 200
+        assert best_by_parts() == str(picture)
+        picture.rename(tmp_path / "true")
         picture.symlink_to(secret)
-        assert client.get(address).status_code == 410
+        for answer in asked():
+            assert (answer.status_code, answer.json()["type"]) == (410, "urn:mimco:gone"), answer.url
+            assert answer.headers["cache-control"] == "no-store"
+        assert best_by_parts() == str(other), "what cannot be read any more is last"
         picture.unlink()
         os.mkfifo(picture)
-        assert client.get(address).status_code == 410
+        assert {answer.status_code for answer in asked()} == {410}
+        picture.unlink()
+        (tmp_path / "true").rename(picture)
+        assert {answer.status_code for answer in asked()} == {200}
+        assert client.get(f"/v1/pictures/{found}/thumbnail").content == true
 
 
 def test_what_is_open_is_closed(client: TestClient, place: Place) -> None:

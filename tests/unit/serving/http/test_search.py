@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from mimco_deploy.serving.http.service import ServeSettings
 from mimco_deploy.serving.index import ImageIndex
 from mimco_deploy.serving.query import Part, search_image
 from tests.helpers import noise, save
-from tests.unit.serving.http.conftest import COUNT, Place, client_of
+from tests.unit.serving.http.conftest import COUNT, PatchEncoder, Place, client_of
 
 
 def ask(client: TestClient, request: dict[str, Any] | None, *files: Path) -> Any:
@@ -181,19 +180,6 @@ def test_what_is_no_picture_is_refused_with_the_reason(client: TestClient, place
         client.post("/v1/search", files=[("other", save(place.index.parent / "q.png", 1).read_bytes())]).status_code
         == 422
     )
-
-
-class PatchEncoder:
-    """Adds patch tokens, the mean colours of a grid of 4 × 4, to an encoder."""
-
-    def __init__(self, encoder: Any) -> None:
-        self.spec = replace(encoder.spec, patch_grid=4)
-        self.embed, self.provider, self.precision = encoder.embed, encoder.provider, encoder.precision
-
-    def embed_with_patches(self, images: Any) -> Any:
-        side = images.shape[1] // 4
-        cells = images.reshape(len(images), 4, side, 4, side, 3).mean(axis=(2, 4)) - 127.5
-        return self.embed(images), cells.reshape(len(images), 16, 3).astype(np.float32)
 
 
 def test_with_patches_parts_are_compared_and_hits_reordered(place: Place, tmp_path: Path) -> None:
