@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -156,6 +157,23 @@ def test_a_signal_ends_it_well_while_a_stream_is_open(home: Path, by: signal.Sig
     finally:
         for path in more:
             path.unlink()
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux changes the limits of another process")
+def test_without_free_descriptors_the_log_stays_short_and_it_answers_later(home: Path) -> None:
+    told = "out of system resource"
+    with serving(home) as (service, url):
+        _, most = resource.prlimit(service.pid, resource.RLIMIT_NOFILE)
+        taken = len(list(Path(f"/proc/{service.pid}/fd").iterdir()))
+        resource.prlimit(service.pid, resource.RLIMIT_NOFILE, (taken, most))
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=10):
+            deadline = time.monotonic() + 20
+            while told not in (home / "log.txt").read_text() and time.monotonic() < deadline:
+                time.sleep(0.05)
+            time.sleep(0.5)  # all tries of one go
+            resource.prlimit(service.pid, resource.RLIMIT_NOFILE, (most, most))
+            assert httpx.get(f"{url}/healthz", timeout=20, trust_env=False).status_code == 200
+        assert 0 < (home / "log.txt").read_text().count(told) < 500
 
 
 def test_without_an_index_it_ends_with_one_line(tmp_path: Path) -> None:

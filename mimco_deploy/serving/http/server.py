@@ -25,6 +25,8 @@ TOKEN_VARIABLE = "MIMCO_TOKEN"
 _GRACE_S = 30
 _KEEP_ALIVE_S = 15
 _BACKLOG = 512
+_ACCEPTED_AT_ONCE = 64
+"""asyncio tries to accept as many in one go as its backlog, and logs each try for which no descriptor is free."""
 
 
 def token_for(host: str) -> tuple[str | None, bool]:
@@ -113,6 +115,7 @@ def serve(
     _log_to_stderr()
     config = uvicorn.Config(
         app,
+        backlog=_ACCEPTED_AT_ONCE,
         log_config=None,
         access_log=False,
         server_header=False,
@@ -130,6 +133,12 @@ def serve(
 
 class _Server(uvicorn.Server):
     """Ends with 0 on a signal: uvicorn itself sends the signal once more when all is done."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to accept; more may wait for that than are accepted in one go."""
+        await super().startup(sockets)
+        for listening in sockets or []:
+            listening.listen(_BACKLOG)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
