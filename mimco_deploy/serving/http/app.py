@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
+from starlette.responses import JSONResponse
 
 from mimco_deploy import __version__
 from mimco_deploy.serving.http import page, problems, routes_index, routes_search, schemas
@@ -65,6 +66,7 @@ def create_app(
         version=__version__,
         description="Search an index of pictures by pictures. Errors are documents of RFC 9457.",
         lifespan=lifespan,
+        openapi_url=None,  # FastAPI's own route is none that the log and the metrics can name
         docs_url=None,  # they fetch scripts from elsewhere
         redoc_url=None,
         redirect_slashes=False,
@@ -81,6 +83,9 @@ def create_app(
     app.include_router(routes_search.router)
     app.include_router(routes_index.router)
     app.include_router(page.router)
+    app.add_api_route(
+        "/openapi.json", lambda: JSONResponse(app.openapi()), methods=["GET", "HEAD"], include_in_schema=False
+    )
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # FastAPI's way to extend it
     return app
 

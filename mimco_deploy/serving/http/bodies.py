@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import logging
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -18,10 +20,15 @@ from starlette.requests import Request
 from starlette.types import Message
 
 from mimco_deploy.serving.http import schemas
+from mimco_deploy.serving.http.batching import BusyError
 from mimco_deploy.serving.http.requests import MAX_JSON_BYTES
 from mimco_deploy.serving.http.service import Upload
 
+logger = logging.getLogger(__name__)
+
 Model = TypeVar("Model", bound=BaseModel)
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE)
+_RETRY_AFTER_S = 5
 
 
 @dataclass(frozen=True)
@@ -48,14 +55,24 @@ async def read_body(request: Request, model: type[Model], max_files: int) -> Asy
     Raises:
         RequestValidationError: the JSON is not of the model, or the form holds something else.
         HTTPException: it is neither, or a form that cannot be read.
+        BusyError: the system has no room for its files.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json":
         yield Body(_parse(model, await request.body()), [])
     elif kind == "multipart/form-data" and _is_utf8(request.headers["content-type"]):
         whole = Request(request.scope, _UntilLastBoundary(request))
-        async with whole.form(max_files=max_files, max_fields=1, max_part_size=MAX_JSON_BYTES) as form:
+        try:
+            form = await whole.form(max_files=max_files, max_fields=1, max_part_size=MAX_JSON_BYTES)
+        except OSError as error:  # large files are laid down in a temporary folder
+            if error.errno not in _NO_ROOM:
+                raise
+            logger.warning("an upload was refused: %s", error)
+            raise BusyError(_RETRY_AFTER_S) from error
+        try:
             yield _read_form(form, model)
+        finally:
+            await form.close()
     else:
         raise HTTPException(415, "the body is neither application/json nor multipart/form-data in UTF-8")
 
@@ -120,6 +137,8 @@ def _read_form(form: FormData, model: type[Model]) -> Body[Model]:
     for name, value in form.multi_items():
         if name == "file" and isinstance(value, UploadFile):
             uploads.append(_reader(value))
+        elif name == "file":
+            raise invalid("file", "has no filename")
         elif name == "request":
             content = value if isinstance(value, str) else None
             if content is None:

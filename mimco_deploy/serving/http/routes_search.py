@@ -79,7 +79,7 @@ async def embed(
         if body.document is not None or not body.uploads:
             raise invalid("file", "only pictures, at least one")
         spec, embeddings = await shared.service.embed(body.uploads)
-    if accept.partition(";")[0].strip().lower() == _FLOATS:
+    if _FLOATS in (one.partition(";")[0].strip().lower() for one in accept.split(",")):
         headers = {"X-Mimco-Shape": "x".join(map(str, embeddings.shape)), "X-Mimco-Fingerprint": spec.fingerprint}
         return Response(embeddings.astype("<f4").tobytes(), headers=headers, media_type=_FLOATS)
     return schemas.Embeddings(

@@ -142,6 +142,11 @@ def test_the_end_of_a_form_is_seen_where_it_comes_in_pieces(client: TestClient, 
         assert client.post("/v1/search", content=iter(pieces), headers=headers).status_code == 200, cut
 
 
+def test_a_file_without_a_name_is_told_so(client: TestClient) -> None:
+    answer = client.post("/v1/search", files=[("file", (None, b"x"))])
+    assert (answer.status_code, answer.json()["detail"]) == (422, "file: has no filename")
+
+
 @pytest.mark.parametrize("charset", ["punycode", "undefined", "utf-7", "utf-16"])
 def test_a_form_in_another_encoding_is_refused(client: TestClient, charset: str) -> None:
     headers = {"Content-Type": f"multipart/form-data; boundary=B; charset={charset}"}

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import logging
+import os
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -115,6 +118,19 @@ def test_a_picture_that_takes_too_long_is_refused_and_the_next_is_answered(place
         assert client.get("/v1/index").status_code == 200
 
 
+def test_an_upload_without_room_on_the_disk_comes_again(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(**_: Any) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)  # into which a form lays files of more than 1 MiB
+    answer = client.post("/v1/search", files=[("file", b"x" * 2**21)])
+    assert (answer.status_code, answer.json()["type"]) == (503, "urn:mimco:busy")
+    assert "retry-after" in answer.headers
+    assert "No space left" in caplog.text
+
+
 def test_too_many_files_and_fields_are_refused(client: TestClient) -> None:
     answer = client.post("/v1/search", files=[("file", b"x")] * 9)
     assert answer.status_code == 400
@@ -152,6 +168,11 @@ def test_when_the_queue_is_full_the_others_are_told_when_to_come_again(place: Pl
             assert [one.result().status_code for one in first] == [200, 200]
         assert service.now.batcher.admitted == 0
         assert search(3).status_code == 200
+
+
+def test_the_description_of_the_api_is_no_unknown_route(client: TestClient) -> None:
+    assert client.get("/openapi.json").status_code == client.head("/openapi.json").status_code == 200
+    assert 'mimco_request_seconds_count{route="/openapi.json"}' in client.get("/metrics").text
 
 
 def test_the_log_says_what_was_asked_and_not_with_what(

@@ -112,7 +112,8 @@ def test_a_batch_answers_each_of_its_queries(client: TestClient, place: Place) -
 def test_embeddings_come_as_json_and_as_bytes(client: TestClient, place: Place) -> None:
     files = [("file", place.picture(number).read_bytes()) for number in (3, 4)]
     listed = client.post("/v1/embed", files=files).json()
-    raw = client.post("/v1/embed", files=files, headers={"Accept": "application/octet-stream"})
+    accept = "application/json;q=0.5, Application/octet-stream; q=0.9"
+    raw = client.post("/v1/embed", files=files, headers={"Accept": accept})
     embeddings = np.frombuffer(raw.content, "<f4").reshape(2, -1)
     assert raw.headers["x-mimco-shape"] == f"2x{listed['embedding_dim']}"
     assert np.allclose(listed["embeddings"], embeddings, atol=1e-7)
