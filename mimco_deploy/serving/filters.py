@@ -149,6 +149,11 @@ class FilteredFiles:
         self._defined_for: tuple[list[tuple[int, bytes]], dict[str, str]] | None = None
         self._define_views()
 
+    @property
+    def columns(self) -> dict[str, str]:
+        """What a condition can name, with what it is; of the side table that was loaded, too."""
+        return {**COLUMNS, **dict.fromkeys(self._side_columns, "of the side table")}
+
     def rows(self, condition: Filter) -> npt.NDArray[np.int64]:
         """Rows of the vector store with at least one file for which the condition holds.
 
@@ -226,7 +231,7 @@ class FilteredFiles:
 
     def _check_quoted(self, condition: Filter) -> None:
         """Refuse a name in double quotes that is no column: SQLite would take it for a text."""
-        columns = {name.lower() for name in (*COLUMNS, *self._side_columns)}
+        columns = {name.lower() for name in self.columns}
         for name in _QUOTED.findall(condition.where):
             if name and name[1:-1].replace('""', '"').lower() not in columns:
                 raise self._refused(condition, ValueError(f"{name!r} is no column; texts stand in single quotes"))
@@ -268,10 +273,9 @@ class FilteredFiles:
 
     def _refused(self, condition: Filter, error: Exception) -> ConditionError:
         text = f"takes more than {self._limit_s:g} s" if str(error) == "interrupted" else str(error)
-        names = [*COLUMNS, *self._side_columns]
         return ConditionError(
             f"the condition {condition.where!r} cannot be used ({text})",
-            expected=f"an expression of SQL over {', '.join(names)}",
+            expected=f"an expression of SQL over {', '.join(self.columns)}",
         )
 
     # ------------------------------------------------------------------ the side table

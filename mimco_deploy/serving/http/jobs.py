@@ -16,6 +16,7 @@ from mimco_deploy.errors import MimcoError
 from mimco_deploy.serving.http import schemas
 from mimco_deploy.serving.http.problems import ConflictError, NotThereError
 from mimco_deploy.serving.http.service import Service
+from mimco_deploy.serving.scan import readable
 from mimco_deploy.serving.update import Progress, UpdateReport, update_index
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ class Jobs:
             ConflictError: one is running, or the folder is not indexed.
         """
         known = await self._service.read(lambda index: index.roots())
-        roots = [root for root in known if str(root) == request.root]
+        roots = [root for root in known if readable(root) == request.root]
         if request.root is not None and not roots:
             raise ConflictError(
                 f"{request.root} is not an indexed folder",
@@ -171,6 +172,7 @@ class Jobs:
             end = {"state": "failed", "error": "the indexer failed; the log of the service says how"}
         else:
             names = ("added", "changed", "removed", "unchanged", "embedded")
-            told = {name: int(getattr(report, name)) for name in names} | {"problems": len(report.problems)}
+            told = {name: int(getattr(report, name)) for name in names}
+            told |= {"problems": len(report.problems), "unreachable": len(report.unreachable)}
             end = {"state": "done", "report": told}
         run.job = run.job.model_copy(update=end)

@@ -228,7 +228,7 @@ class Job(BaseModel):
     doing: str
     started: str = Field(description="UTC, ISO 8601")
     report: dict[str, int] | None = Field(
-        description="added, changed, removed, unchanged, embedded, problems; at the end"
+        description="added, changed, removed, unchanged, embedded, problems; folders that were unreachable; at the end"
     )
     error: str | None
 

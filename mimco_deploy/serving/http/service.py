@@ -193,7 +193,7 @@ class Service:
         """Run something that reads the index of now, in one of its threads; under a condition, in one of few."""
         return await self._with_current(lambda now: self._read(now, work, condition))
 
-    def condition(self, where: str, root: str | None) -> Filter:
+    async def condition(self, where: str, root: str | None) -> Filter:
         """What a request asks for.
 
         Raises:
@@ -201,7 +201,7 @@ class Service:
         """
         if root and not Path(root).is_absolute():
             raise ConfigError(f"root = {root!r}", expected="an absolute path")
-        return Filter(where, Path(root) if root else None, self.settings.table)
+        return Filter(where, await self._folder(root) if root else None, self.settings.table)
 
     # ----------------------------------------------------------------------------------------------- pictures
 
@@ -248,7 +248,7 @@ class Service:
         assert query.parts
         watch = Stopwatch()
         embedding = await self._query_embedding(now, query.parts, uploads, patient, watch)
-        condition = self.condition(query.where, query.root)
+        condition = await self.condition(query.where, query.root)
         k = query.k * RERANKED if query.rerank else query.k
         hits, searched = await self._read(
             now,
@@ -361,6 +361,11 @@ class Service:
 
     async def _decode(self, now: _Running, content: bytes, crop: Crop | None) -> Content:
         return await asyncio.get_running_loop().run_in_executor(self._decoding, now.decoders.decode, content, crop)
+
+    async def _folder(self, shown: str) -> Path:
+        """The folder of a name. An indexed one whose name is not UTF-8 can only be named as it is shown."""
+        known = await self.read(lambda index: index.roots()) if "\ufffd" in shown else []
+        return next((one for one in known if readable(one) == shown), Path(shown))
 
     async def _decode_indexed(self, now: _Running, content: str, crop: Crop | None) -> Content:
         return await self._with_content(self._decoding, content, lambda found: now.decoders.decode(found, crop))

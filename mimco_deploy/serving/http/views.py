@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from mimco_deploy.errors import ConfigError
+from mimco_deploy.errors import ConfigError, MissingExtraError
 from mimco_deploy.serving.catalog import Listed
 from mimco_deploy.serving.filters import COLUMNS
 from mimco_deploy.serving.generations import writing_process
@@ -64,9 +64,16 @@ class Views:
             search={"kind": found.search.kind, "reason": found.search.reason, "recall": found.search.recall},
             writer=writing_process(service.path),
             patches=bool(service.now.encoder.spec.patch_grid) and hasattr(service.now.encoder, "embed_with_patches"),
-            columns=COLUMNS,
+            columns=await self._columns(),
             max_upload_bytes=service.settings.max_upload_mib * 2**20,
         )
+
+    async def _columns(self) -> dict[str, str]:
+        table = self._service.settings.table
+        try:
+            return await self._service.read(lambda index: index.columns(table))
+        except (ConfigError, MissingExtraError):  # which a condition over it is told
+            return COLUMNS
 
     async def pictures(self, where: str, root: str | None, limit: int, after: str | None) -> schemas.PicturePage:
         """Some files, by folder and name.
@@ -75,7 +82,7 @@ class Views:
             ConfigError: the condition, or `after`, cannot be used.
         """
         service = self._service
-        condition = service.condition(where, root)
+        condition = await service.condition(where, root)
         place = _place(after)
         found = await service.read(lambda index: index.page(condition, place, limit + 1), condition)
         shown = found[:limit]
@@ -97,7 +104,7 @@ class Views:
         from mimco_deploy.serving.duplicates import Group, Member, find_duplicates
 
         min_score = round(min_score, 3)  # so that what is nearly the same is computed once
-        condition = self._service.condition("", root)
+        condition = await self._service.condition("", root)
         below = condition.root
         known = await self._service.read(lambda index: index.roots())
         if below is not None and not any(below.is_relative_to(one) or one.is_relative_to(below) for one in known):

@@ -93,7 +93,8 @@ function showJob({ state, done, total, images_per_s, waiting, doing, report, err
   const speed = images_per_s ? `, ${images_per_s.toFixed(images_per_s < 10 ? 1 : 0)} pictures/s` : "";
   const waits = waiting >= 0.01 ? `, encoder waits ${Math.round(100 * waiting)} % of the time` : "";
   const found = Object.entries(report ?? {}).filter(([, value]) => value);
-  const counts = found.map(([name, value]) => `${name} ${number(value)}`);
+  const counts = found.map(([name, value]) => name === "unreachable" ?
+    `${count(value, "folder")} could not be read` : `${name} ${number(value)}`);
   const ends = { done: "Done", cancelled: "Cancelled", failed: `Failed: ${error ?? "no reason given"}` };
   const far = total ? `: ${number(done)} of ${number(total)}` : "";
   const does = state === "cancelling" ? "Stopping after this batch" : DOING[doing] ?? doing;

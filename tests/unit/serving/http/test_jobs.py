@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
@@ -16,7 +18,7 @@ from starlette.testclient import TestClient
 from mimco_deploy.serving.encoders import load_encoder
 from mimco_deploy.serving.generations import writer_lock
 from mimco_deploy.serving.update import update_index
-from tests.helpers import gallery, tiny_bundle
+from tests.helpers import gallery, save, tiny_bundle
 from tests.unit.serving.http.conftest import Place, client_of, make_place
 
 
@@ -86,6 +88,31 @@ def test_only_folders_that_are_indexed_can_be_asked_for(own: Place, tmp_path: Pa
         job = client.post("/v1/jobs", json={"root": str(own.photos), "retry_problems": True}).json()["id"]
         assert follow(client, job)[-1]["state"] == "done"
         assert client.get("/v1/jobs/" + "0" * 16).status_code == 404
+
+
+def test_a_folder_that_cannot_be_read_is_counted(own: Place, tmp_path: Path) -> None:
+    with client_of(own) as client:
+        own.photos.rename(tmp_path / "away")
+        job = client.post("/v1/jobs", json={}).json()["id"]
+        end = follow(client, job)[-1]
+        assert (end["state"], end["report"]["unreachable"]) == ("done", 1)
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="names are UTF-8 there")
+def test_a_folder_whose_name_is_no_text_is_named_as_it_is_shown(own: Place, tmp_path: Path) -> None:
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/odd-\xff"))
+    save(odd / "7.png", 7)
+    update_index(own.index, [odd], load_encoder(own.encoder))
+    with client_of(own) as client:
+        shown = next(root["path"] for root in client.get("/v1/index").json()["roots"] if "\ufffd" in root["path"])
+        (only,) = client.get("/v1/pictures", params={"root": shown}).json()["pictures"]
+        assert only["paths"][-1] == f"{shown}/7.png"
+        assert client.get("/v1/duplicates", params={"root": shown, "min_score": 1}).json()["total"] == 0
+        hits = client.post("/v1/search", json={"parts": [{"id": only["id"]}], "root": shown}).json()["hits"]
+        assert [hit["path"] for hit in hits] == [f"{shown}/7.png"]
+        job = client.post("/v1/jobs", json={"root": shown}).json()["id"]
+        assert follow(client, job)[-1]["report"]["unchanged"] == 1
+        assert client.get("/v1/pictures", params={"root": "/\ufffd"}).status_code == 422
 
 
 def test_a_job_beside_another_writer_fails_with_its_process(own: Place) -> None:

@@ -212,3 +212,6 @@ def test_queries_under_a_side_table_are_answered(place: Place, tmp_path: Path) -
         assert [path for path, _ in hits_of(ask(client, {"where": "label = 'dog'"}, place.picture(3)))] == [
             str(place.picture(4))
         ]
+        assert {"camera", "label"} <= set(client.get("/v1/index").json()["columns"])
+    with client_of(place, ServeSettings(table=tmp_path / "missing.csv")) as client:
+        assert "camera" in client.get("/v1/index").json()["columns"]
