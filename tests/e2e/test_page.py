@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from mimco_deploy.serving.encoders import load_encoder
+from mimco_deploy.serving.update import update_index
 from tests.e2e.browser import MARKS, WAIT_S, opened, until
 from tests.helpers import gallery
 from tests.unit.serving.http.conftest import COUNT, Place, make_place
@@ -187,6 +189,50 @@ def test_a_filter_narrows_and_a_wrong_one_is_explained(page: Any, own: Place) ->
     assert len(names(page)) == 10
 
 
+def test_going_back_leaves_no_condition_that_was_not_applied(page: Any, own: Place) -> None:
+    page.wait_for_selector("#hits li")
+    search_with(page, own.picture(5))
+    page.fill("#where", "name = 'unapplied'")
+    page.go_back()
+    until(page, "document.querySelector('#where').value === ''")
+
+
+def test_a_search_that_fails_leaves_no_pictures_of_another(browser: Any, address: str, tmp_path: Path) -> None:
+    page = browser.new_context().new_page()  # the browser logs the refusal as an error
+    page.goto(address)
+    page.wait_for_selector("#more:visible")
+    (tmp_path / "none.png").write_bytes(b"no picture")
+    page.set_input_files("#files", [str(tmp_path / "none.png")])
+    page.wait_for_selector("#failure:visible")
+    until(page, "document.querySelector('#more').hidden")
+    assert names(page) == []
+    assert page.is_visible("#failure")
+    page.click("#clear")
+    page.wait_for_selector("#hits li")
+    page.context.close()
+
+
+def test_an_empty_index_is_told_from_filters_that_leave_nothing(page: Any, own: Place) -> None:
+    page.route("**/v1/search", lambda route: route.fulfill(json={"hits": [], "searched": 0, "timings_ms": {}}))
+    page.set_input_files("#files", [str(own.picture(5))])
+    page.wait_for_selector("#nothing:visible")
+    assert page.inner_text("#nothing") == "The index holds no picture."
+
+
+def test_any_confidence_of_the_address_is_shown(page: Any, address: str) -> None:
+    page.goto(f"{address}#confidence=0.7")
+    page.reload()
+    until(page, "document.querySelector('#confidence').value === '0.7'")
+
+
+def test_a_crop_that_is_removed_by_a_key_leaves_the_focus_near(page: Any, own: Place) -> None:
+    search_with(page, own.picture(5))
+    page.click("#crop")
+    until(page, "document.activeElement.id === 'crop-box'")
+    page.keyboard.press("Delete")
+    until(page, "document.querySelector('#crop-box').hidden && document.activeElement.id === 'crop'")
+
+
 def test_a_wrong_condition_is_explained(browser: Any, address: str) -> None:
     page = browser.new_context().new_page()  # the browser logs the refusal as an error
     page.goto(address)
@@ -238,6 +284,61 @@ def test_an_update_is_started_and_followed(page: Any, own: Place) -> None:
     page.click("#update")
     until(page, f"document.querySelector('#numbers li strong').innerText.replace(',', '') === '{before + 3}'")
     assert "3" in page.inner_text("#job-text")
+
+
+def test_what_another_process_indexed_is_shown_at_the_next_visit(page: Any, own: Place, tmp_path: Path) -> None:
+    page.click("#tab-map")
+    until(page, "document.querySelector('#status').textContent.includes('on the map')")
+    on_map = page.inner_text("#status")
+    page.click("#tab-index")
+    page.wait_for_selector("#numbers li")
+    before = int(page.inner_text("#numbers li:first-child strong").replace(",", ""))
+    page.click("#tab-search")
+    gallery(tmp_path / "more", 2, first=300)
+    update_index(own.index, [tmp_path / "more"], load_encoder(own.encoder))
+    page.click("#tab-index")
+    until(page, f"document.querySelector('#numbers li strong').innerText.replace(',', '') === '{before + 2}'")
+    until(page, f"[...document.querySelector('#root').options].some(o => o.value === {str(tmp_path / 'more')!r})")
+    page.click("#tab-map")
+    until(page, f"!['', {on_map!r}].includes(document.querySelector('#status').textContent)")
+    until(page, "document.querySelector('#status').textContent.includes('on the map')")
+
+
+JOB = {
+    "id": "0" * 16, "state": "running", "done": 0, "total": 0, "images_per_s": 0, "waiting": 0, "doing": "walk",
+    "started": "2024-05-31T18:30:00+00:00", "report": None, "error": None,
+}  # fmt: skip
+
+
+def answer_posts(page: Any, job: dict[str, Any]) -> None:
+    """As if the service had begun this job."""
+    posted = lambda route: route.fulfill(json=job) if route.request.method == "POST" else route.continue_()  # noqa: E731
+    page.route("**/v1/jobs", posted)
+
+
+def test_an_update_of_which_the_service_knows_nothing_more_can_be_started_again(browser: Any, address: str) -> None:
+    page = browser.new_context().new_page()  # the browser logs the refusal as an error
+    wrong: list[str] = []
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.goto(f"{address}#view=index")
+    page.wait_for_selector("#numbers li")
+    answer_posts(page, JOB)
+    page.click("#update")
+    page.wait_for_selector("#failure:visible")
+    assert "cannot be followed" in page.inner_text("#failure")
+    page.wait_for_selector("#update:visible")
+    assert not page.is_visible("#cancel")
+    assert not page.is_visible("#job")
+    assert wrong == []
+    page.context.close()
+
+
+def test_an_update_says_that_a_folder_could_not_be_read(page: Any) -> None:
+    page.click("#tab-index")
+    page.wait_for_selector("#numbers li")
+    answer_posts(page, {**JOB, "state": "done", "report": {"unchanged": 5, "unreachable": 1}})
+    page.click("#update")
+    until(page, "document.querySelector('#job-text').textContent === 'Done · unchanged 5 · 1 folder could not be read'")
 
 
 def test_it_fits_a_phone_and_the_dark(browser: Any, address: str, own: Place) -> None:

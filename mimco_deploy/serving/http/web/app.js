@@ -18,9 +18,9 @@ const LOAD = {
   index: loadIndex,
 };
 const NAMES = Object.keys(LOAD);
-const stale = new Set(NAMES);
+const stale = new Set();
 const said = {};
-let known = false;
+let known = "";
 let view = "";
 
 // Runs what may fail, a promise or a function of one, and shows why it did.
@@ -36,8 +36,9 @@ async function report(work) {
   }
 }
 
-function show() {
-  if (state.view !== view) {
+function show(moved) {
+  const visited = state.view !== view;
+  if (visited) {
     said[view] = $("status").textContent;
     view = state.view;
     say(said[view] ?? "");
@@ -50,21 +51,25 @@ function show() {
     tab.tabIndex = chosen ? 0 : -1;
   }
   document.title = `${$(`tab-${view}`).textContent} · mimco`;
-  showQuery();
-  load();
+  showQuery(moved);
+  load(visited && view !== "search");
 }
 
+// Other processes write to the index too: what was loaded of another state of it is loaded again.
 async function learn() {
   const status = await call("index");
   offerFilters(status);
   allowWhy(status.patches);
   limitUploads(status.max_upload_bytes);
-  known = true;
+  const { generation, revision, files, problems, bytes } = status;
+  const now = [generation, revision, files, problems, bytes].join();
+  for (const name of now === known ? ["problems", "index"] : NAMES) stale.add(name);
+  known = now;
 }
 
-async function load() {
+async function load(again = false) {
   // First of all, and alone: where a token is needed, it is asked for once.
-  if (!known && !await report(learn)) return;
+  if ((again || !known) && !await report(learn)) return;
   const wanted = view;
   if (stale.delete(wanted)) {
     say("");
@@ -131,8 +136,8 @@ async function start() {
   startDuplicates(report);
   startProblems(report);
   startIndex(report, () => {
-    for (const name of NAMES) stale.add(name);
-    load();
+    known = "";
+    return load();
   });
   onChange(show);
   await useTokenOfAddress();

@@ -12,11 +12,11 @@ let after = null;
 
 export function startDuplicates(report) {
   $("alike").addEventListener("input", () => { $("alike-value").textContent = Number($("alike").value).toFixed(2); });
-  $("alike").addEventListener("change", () => report(loadDuplicates()));
+  $("alike").addEventListener("change", () => report(loadDuplicates(GROUPS)));
   $("more-groups").addEventListener("click", () => report(loadDuplicates(groups + GROUPS)));
 }
 
-export async function loadDuplicates(limit = GROUPS) {
+export async function loadDuplicates(limit = groups) {
   groups = limit;
   say("Looking for duplicates …");
   const found = await call("duplicates", { params: { min_score: $("alike").value, limit } });

@@ -22,7 +22,10 @@ export function addParts(parts, { anew = false } = {}) {
 }
 
 export function startQuery() {
-  box = new CropBox($("frame"), (crop) => changePart(active, { crop: crop ?? undefined }));
+  box = new CropBox($("frame"), (crop) => {
+    changePart(active, { crop: crop ?? undefined });
+    if (!crop) $("crop").focus({ preventScroll: true });
+  });
   $("choose").addEventListener("click", () => $("files").click());
   $("files").addEventListener("change", () => {
     addParts([...$("files").files].map((file) => upload(file)));
@@ -46,7 +49,7 @@ export function startQuery() {
   startDrops();
 }
 
-export function showQuery() {
+export function showQuery(moved = false) {
   active = Math.min(active, Math.max(0, state.parts.length - 1));
   const part = state.parts[active];
   $("preview").hidden = $("clear").hidden = !part;
@@ -69,25 +72,30 @@ export function showQuery() {
   $("parts").hidden = state.parts.length === 1 && part.weight > 0;
   $("parts").replaceChildren(...state.parts.map(tile));
   if (was >= 0) ($("parts").children[was]?.querySelector(`[data-role=${focused}]`) ?? $("choose")).focus();
-  for (const name of ["where", "k"]) if ($(name) !== document.activeElement) $(name).value = state[name];
-  $("confidence").value = String(state.confidence);
+  // What is being written stays, unless somebody goes back.
+  for (const name of ["where", "k"]) if (moved || $(name) !== document.activeElement) $(name).value = state[name];
+  setTo("confidence", String(state.confidence), `${state.confidence} or better`);
   $("rerank").checked = state.rerank;
   $("ranking").hidden = !part;
-  addRoot(state.root);
-  $("root").value = state.root;
+  setTo("root", state.root);
 }
 
 export function offerFilters({ columns, roots, patches }) {
   $("column-list").replaceChildren(...Object.entries(columns).map(([name, about]) => el("div", {},
     el("dt", {}, el("button", { type: "button", class: "code", onclick: () => insert(name) }, name)),
     el("dd", {}, about))));
-  for (const { path } of roots) addRoot(path);
+  for (const { path } of roots) offer("root", path);
   $("rerank-label").hidden = !patches;
 }
 
-function addRoot(path) {
-  const known = [...$("root").options].some(({ value }) => value === path);
-  if (!known) $("root").append(el("option", { value: path }, path));
+function offer(select, value, text = value) {
+  const known = [...$(select).options].some((option) => option.value === value);
+  if (!known) $(select).append(el("option", { value }, text));
+}
+
+function setTo(select, value, text) {
+  offer(select, value, text);
+  $(select).value = value;
 }
 
 function changePart(i, change) {

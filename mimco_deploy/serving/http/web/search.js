@@ -30,9 +30,14 @@ export async function showHits({ again = false } = {}) {
   running = new AbortController();
   $("results-title").textContent = state.parts.length && !state.lost.length ? "Hits" : "Pictures";
   // Without one of its pictures it would be another search.
-  await guarded(() => state.parts.length && !state.lost.length ? search() : browse(false));
+  const failed = await guarded(() => state.parts.length && !state.lost.length ? search() : browse(false));
+  if (!failed) return;
+  grid.show([]);
+  $("more").hidden = true;
+  warn($("nothing"), "");
 }
 
+// Whether it failed, which is shown.
 async function guarded(work) {
   const { signal } = running;
   $("hits").setAttribute("aria-busy", "true");
@@ -40,7 +45,7 @@ async function guarded(work) {
     await work();
     for (const name of ["where-error", "failure"]) warn($(name), "");
   } catch (error) {
-    if (signal.aborted) return;
+    if (signal.aborted) return false;
     shownFor = null;
     const ofFilter = error.type === "urn:mimco:condition";
     warn($("where-error"), ofFilter ? error.message : "");
@@ -48,11 +53,12 @@ async function guarded(work) {
     if (ofFilter) $("filters").open = true;
     $("where").setAttribute("aria-invalid", String(ofFilter));
     say("");
-    return;
+    return true;
   } finally {
     if (!signal.aborted) $("hits").removeAttribute("aria-busy");
   }
   $("where").removeAttribute("aria-invalid");
+  return false;
 }
 
 async function search() {
@@ -67,7 +73,8 @@ async function search() {
   after = null;
   $("more").hidden = true;
   const byChance = items.every(({ word }) => word === "chance");
-  warn($("nothing"), !items.length ? "No picture is what the filters ask for." :
+  warn($("nothing"), !searched ? "The index holds no picture." :
+    !items.length ? "No picture is what the filters ask for." :
     byChance ? "Nothing here really matches. These are the closest that there are." : "");
   const ms = Object.values(timings_ms).reduce((sum, part) => sum + part, 0);
   say(`${count(items.length, "hit")} in ${Math.round(ms)} ms, of ${count(searched, "picture")}`);

@@ -13,6 +13,7 @@ await restore();
 const listeners = [];
 export let state = parse(location.hash);
 
+// Listeners are told whether it was by going back or forward.
 export function onChange(listener) {
   listeners.push(listener);
 }
@@ -90,12 +91,12 @@ async function restore() {
   for (const { name, file } of await kept()) if (!uploads.has(name)) uploads.set(name, withAddress(file));
 }
 
-function tell() {
-  for (const listener of listeners) listener(state);
+function tell(moved = false) {
+  for (const listener of listeners) listener(moved);
 }
 
 addEventListener("popstate", async () => {
   await restore();
   state = parse(location.hash);
-  tell();
+  tell(true);
 });

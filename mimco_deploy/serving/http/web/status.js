@@ -7,7 +7,7 @@ const DOING = { walk: "Looking through the folders", index: "Reading and embeddi
   tuning: "Making search fast" };
 
 let followed = null;
-let changed = () => {};
+let changed = async () => {};
 
 export function startIndex(report, whenChanged) {
   changed = whenChanged;
@@ -68,9 +68,12 @@ function follow(job) {
     if (!isUnderWay(now)) end(now);
   });
   // The browser connects again by itself, unless the server refused.
-  stream.addEventListener("error", () => {
+  stream.addEventListener("error", async () => {
     if (stream.readyState !== EventSource.CLOSED || followed?.stream !== stream) return;
     followed = null;
+    $("job").hidden = $("cancel").hidden = true; // as when the service was started anew, which knows no such job
+    $("update").hidden = false;
+    await changed();
     warn($("failure"), "The progress of the update cannot be followed.");
   });
 }
