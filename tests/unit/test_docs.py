@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 import shlex
@@ -187,6 +188,21 @@ PYTHON = [
 ]
 
 
+SERVICE = "http://127.0.0.1:8000"
+
+
+@contextlib.contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """The address of a service over the index of a folder."""
+    command = [sys.executable, "-m", "mimco_deploy", "serve", "--port", "0"]
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as service:
+        assert service.stdout is not None
+        try:
+            yield service.stdout.readline().strip().rstrip("/")
+        finally:
+            service.terminate()
+
+
 @pytest.mark.parametrize("code", PYTHON)
 def test_every_python_example_runs(code: str, tmp_path: Path) -> None:
     gallery(tmp_path / "images", 6)
@@ -194,8 +210,9 @@ def test_every_python_example_runs(code: str, tmp_path: Path) -> None:
     save(tmp_path / "images/copy.png", 3)
     save(tmp_path / "images/another.png", 3)
     update_index(tmp_path / ".mimco/index", [tmp_path / "images"], load_encoder(SHIPPED_ENCODER))
-    run = [sys.executable, "-W", "error", "-c", code]
-    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, check=False)
+    with served(tmp_path) if SERVICE in code else contextlib.nullcontext(SERVICE) as url:
+        run = [sys.executable, "-W", "error", "-c", code.replace(SERVICE, url)]
+        done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     found = "recall@1" if "evaluate(" in code else ".png"
     assert found in done.stdout
