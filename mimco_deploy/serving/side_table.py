@@ -42,7 +42,7 @@ def read_side_table(table: Path) -> SideTable:
     names = next(rows, [])
     codes = [False] * len(names)
     for row in rows:
-        codes = [seen or _CODE.match(field) is not None for seen, field in zip(codes, row, strict=True)]
+        codes = [seen or _is_code(field) for seen, field in zip(codes, row, strict=True)]
     rows = _csv_rows(content)
     next(rows, [])
     return SideTable(
@@ -51,7 +51,12 @@ def read_side_table(table: Path) -> SideTable:
 
 
 _CODE = re.compile(r"0\d")
-"""No number for whoever wrote it: its zeros count."""
+_LARGEST = 19, str(2**63 - 1)
+
+
+def _is_code(field: str) -> bool:
+    """Whether it is no number for whoever wrote it: its zeros count, or all its digits, of which SQLite keeps 15."""
+    return _CODE.match(field) is not None or (field.isdecimal() and (len(field), field) > _LARGEST)
 
 
 def _no_text(field: str) -> str | None:
@@ -62,6 +67,8 @@ def _no_text(field: str) -> str | None:
 def _csv_rows(content: str) -> Iterator[list[str]]:
     width = 0
     for row in csv.reader(io.StringIO(content, newline="")):
+        if not row:  # an empty line, as csv.DictReader sees it
+            continue
         width = width or len(row)
         if len(row) != width:
             raise ValueError(f"a row of {len(row)} fields where the first has {width}")
@@ -82,8 +89,11 @@ def _read_parquet(table: Path) -> SideTable:
                 for row in batch.to_pylist():
                     yield [_plain(row[name]) for name in names]
 
-    numbers = [pyarrow.types.is_integer(one.type) or pyarrow.types.is_floating(one.type) for one in fields]
-    return SideTable(names, ["NUMERIC" if number else "TEXT" for number in numbers], rows())
+    types = pyarrow.types
+    numeric = [
+        types.is_integer(one.type) or types.is_floating(one.type) or types.is_decimal(one.type) for one in fields
+    ]
+    return SideTable(names, ["NUMERIC" if number else "TEXT" for number in numeric], rows())
 
 
 def _plain(value: object) -> object:

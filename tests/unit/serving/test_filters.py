@@ -5,6 +5,7 @@ import os
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -211,10 +212,12 @@ def test_parquet_is_read_like_csv(folder: Path, query: Embeddings, tmp_path: Pat
     columns = {
         "name": ["img_00.jpg", "img_01.PNG"],
         "price": [1.5, 2.5],
+        "cost": [Decimal("9.50"), Decimal("10.00")],
         "when": [datetime(2024, 1, 1, tzinfo=UTC)] * 2,
     }
     pyarrow.write_table(pa.table(columns), tmp_path / "t.parquet")
     assert found(folder, query, where="price > 2 and \"when\" like '2024%'", table=tmp_path / "t.parquet") == [1]
+    assert found(folder, query, where="cost < 10", table=tmp_path / "t.parquet") == [0]
 
 
 @pytest.mark.parametrize(
@@ -336,6 +339,20 @@ def test_codes_keep_their_zeros_and_numbers_are_numbers(folder: Path, query: Emb
     assert found(folder, query, where="code = '007'", table=table) == [0]
     assert found(folder, query, where="code like '00%'", table=table) == [0, 2]
     assert found(folder, query, where="count > 10", table=table) == [0, 1]
+
+
+def test_numbers_too_large_to_be_kept_whole_are_codes(folder: Path, query: Embeddings, tmp_path: Path) -> None:
+    table = tmp_path / "ids.csv"
+    table.write_text(f"name,id,time\nimg_00.jpg,{2**63},{2**63 - 1}\nimg_01.PNG,{2**63 + 1},9\n")
+    assert found(folder, query, where=f"id = '{2**63 + 1}'", table=table) == [1]
+    assert found(folder, query, where=f"time = {2**63 - 1}", table=table) == [0]
+    assert found(folder, query, where="time > 10", table=table) == [0]
+
+
+def test_empty_lines_of_a_table_are_passed_over(folder: Path, query: Embeddings, tmp_path: Path) -> None:
+    table = tmp_path / "lines.csv"
+    table.write_text("name,price\nimg_00.jpg,10\n\nimg_01.PNG,20\n\n")
+    assert found(folder, query, where="price > 5", table=table) == [0, 1]
 
 
 @pytest.mark.parametrize("name", ["row", "sha256", "Camera", "PATH_BYTES", "side_key", "root_id"])
