@@ -31,6 +31,8 @@ _SAMPLE = 512
 _MIN_ROWS = 40
 """Fewer pictures say nothing about chance."""
 _GROWTH = 1.25
+_DEAD = 0.25
+"""Share of the reference whose pictures are gone, from which on it says little of those that are left."""
 _SHARES = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005)
 """Of the sampled scores that reach the stored z; beyond the last, the tail is continued."""
 _LOG_SHARES = np.log(_SHARES)
@@ -112,7 +114,7 @@ def references_of(background: Background | None, vectors: Vectors) -> Vectors:
 
 
 def keep_background(catalog: Catalog, vectors: Vectors, dead: npt.NDArray[np.int64]) -> None:
-    """Measure the background where there is none yet or the index has grown; drop it where too few pictures are left.
+    """Measure the background where there is none yet or the index is another; drop it where too few pictures are left.
 
     Outside of any transaction.
     """
@@ -123,7 +125,7 @@ def keep_background(catalog: Catalog, vectors: Vectors, dead: npt.NDArray[np.int
             with catalog.transaction():
                 catalog.set_setting(_SETTING, None)
         return
-    if now is not None and len(vectors) < _GROWTH * now.rows:
+    if now is not None and len(vectors) < _GROWTH * now.rows and np.isin(now.reference, dead).mean() < _DEAD:
         return
     measured = _measure(vectors, dead)
     with catalog.transaction():

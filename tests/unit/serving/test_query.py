@@ -10,7 +10,7 @@ from PIL import Image
 
 from mimco_deploy.errors import BundleError, ConfigError, ImageError
 from mimco_deploy.serving import Filter, ImageIndex, Part, search_image, update_index
-from mimco_deploy.serving.background import in_words
+from mimco_deploy.serving.background import background_of, in_words, keep_background
 from mimco_deploy.serving.catalog import Catalog
 from mimco_deploy.serving.generations import current_generation
 from mimco_deploy.serving.query import query_embedding, query_pixels
@@ -190,6 +190,19 @@ def test_the_background_is_measured_again_when_the_index_has_grown(tmp_path: Pat
         path.unlink()
     update_index(tmp_path / "index", [tmp_path / "photos"], CountingEncoder())
     assert rows() == 0, "too few are left to tell"
+
+
+def test_the_background_is_measured_again_when_its_pictures_are_gone(tmp_path: Path) -> None:
+    index, photos = tmp_path / "index", tmp_path / "photos"
+    gallery(photos, 100)
+    update_index(index, [photos], CountingEncoder())
+    for number in range(55):
+        (photos / f"{number:04d}.png").unlink()
+    update_index(index, [], CountingEncoder())
+    with Catalog(current_generation(index).catalog) as catalog, catalog.snapshot():
+        background = background_of(catalog)
+        assert background is not None
+        assert not np.isin(background.reference, catalog.dead_rows()).any()
 
 
 @pytest.mark.parametrize(
