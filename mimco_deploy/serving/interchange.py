@@ -17,6 +17,7 @@ import os
 import tokenize
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -157,6 +158,9 @@ def import_index(index: Path, source: Path) -> int:
     with contextlib.ExitStack() as stack:
         try:
             header, portions = read(source, stack)
+            checked = _checked(portions, header.embedding_dim, source)
+            # Checked before a new index is made, which would be bound to the encoder of a broken source.
+            first = list(islice(checked, 1))
         except _UNREADABLE as error:
             raise _broken(source, error) from error
         stack.enter_context(writer_lock(index))
@@ -173,8 +177,7 @@ def import_index(index: Path, source: Path) -> int:
         count = 0
         with VectorWriter(generation.vectors, catalog.embedding_dim, rows) as writer:
             try:
-                for records, embeddings in portions:
-                    _check(records, embeddings, header.embedding_dim, source)
+                for records, embeddings in chain(first, checked):
                     _take_in(catalog, writer, records, embeddings)
                     count += len(records)
             except _UNREADABLE as error:
@@ -212,6 +215,12 @@ def _take_in(
             catalog.put_file(root, path, Stamp(record.size, record.mtime_ns), row)
 
 
+def _checked(portions: Iterable[Portion], dim: int, source: Path) -> Iterator[Portion]:
+    for records, embeddings in portions:
+        _check(records, embeddings, dim, source)
+        yield records, embeddings
+
+
 def _check(records: list[Record], embeddings: npt.NDArray[np.float32], dim: int, source: Path) -> None:
     if embeddings.shape != (len(records), dim):
         raise ValueError(f"embeddings of shape {list(embeddings.shape)}, not [{len(records)}, {dim}]")
@@ -230,7 +239,9 @@ def _check(records: list[Record], embeddings: npt.NDArray[np.float32], dim: int,
             or len(os.fsencode(record.root) + os.fsencode(record.path)) > _MAX_PATH_BYTES
         ):
             raise ValueError(f"{record.path[:80]!r} below {record.root[:80]!r} is no path of a file")
-        if record.size < 0 or max(len(record.taken or ""), len(record.camera or "")) > _MAX_FACT:
+        numbers = (record.size, record.mtime_ns, record.width_px or 0, record.height_px or 0)
+        texts = (record.taken or "", record.camera or "")
+        if record.size < 0 or max(map(abs, numbers)) >= 2**63 or max(map(len, texts)) > _MAX_FACT:
             raise ValueError(f"{record.path!r} has facts that no picture has")
         if len(bytes.fromhex(record.sha256)) != 32:
             raise ValueError(f"{record.sha256!r} is no SHA-256")
