@@ -12,6 +12,7 @@ them in the column `path_bytes`. Imported files count as seen: the next update r
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 import tokenize
@@ -120,6 +121,9 @@ def _export(generation: Generation, target: Path, write: Callable[..., None]) ->
         finals = [target] if target.suffix == ".parquet" else [target, _lines_of(target)]
         temporary = [temporary_beside(path) for path in finals]
         try:
+            for final in finals:
+                for left in target.parent.glob(f".{glob.escape(final.name)}.*.tmp"):
+                    left.unlink(missing_ok=True)  # by an export that was killed
             write(temporary, header, count, _portions(catalog, vectors))
             for path in temporary:
                 sync_file(path)
@@ -288,7 +292,9 @@ def _write_npy(paths: list[Path], header: Header, count: int, portions: Iterable
         lines.write(json.dumps(asdict(header)) + "\n")
         for records, embeddings in portions:
             file.write(np.ascontiguousarray(embeddings, "<f4").data)
-            lines.writelines(json.dumps(asdict(record)) + "\n" for record in records)
+            for record in records:
+                names = {"root": _as_utf8(record.root), "path": _as_utf8(record.path)}
+                lines.write(json.dumps(asdict(record) | names) + "\n")
 
 
 def _read_npy(path: Path, stack: contextlib.ExitStack) -> tuple[Header, Iterator[Portion]]:
@@ -319,8 +325,8 @@ def _header(document: dict[str, Any]) -> Header:
 
 def _record(document: dict[str, Any]) -> Record:
     return Record(
-        root=str(document["root"]),
-        path=str(document["path"]),
+        root=_from_utf8(str(document["root"])),
+        path=_from_utf8(str(document["path"])),
         sha256=str(document["sha256"]),
         size=int(document["size"]),
         mtime_ns=int(document["mtime_ns"]),
@@ -329,6 +335,15 @@ def _record(document: dict[str, Any]) -> Record:
         taken=_or_none(str, document.get("taken")),
         camera=_or_none(str, document.get("camera")),
     )
+
+
+def _as_utf8(name: str) -> str:
+    """A name in an export, whatever the encoding of names here: a byte that is not UTF-8 is a surrogate escape."""
+    return os.fsencode(name).decode("utf-8", "surrogateescape")
+
+
+def _from_utf8(name: str) -> str:
+    return os.fsdecode(name.encode("utf-8", "surrogateescape"))
 
 
 def _or_none(kind: Callable[[Any], T], value: object) -> T | None:
@@ -410,9 +425,9 @@ def _read_parquet(path: Path, stack: contextlib.ExitStack) -> tuple[Header, Iter
 
 def _bytes_of(name: str) -> bytes | None:
     """The bytes of a name that is not text, else None."""
-    return None if name.isprintable() and readable(name) == name else os.fsencode(name)
+    return None if _as_utf8(name).isprintable() else os.fsencode(name)
 
 
 def _name(row: dict[str, Any], key: str) -> str:
     content = row.get(f"{key}_bytes")
-    return str(row[key]) if content is None else os.fsdecode(content)
+    return str(row[key]) if content is None else content.decode("utf-8", "surrogateescape")

@@ -8,6 +8,7 @@ import os
 import pickle
 import shutil
 import struct
+import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
@@ -358,6 +359,37 @@ def test_an_export_that_fails_leaves_the_old_one(
     with pytest.raises((IndexStoreError, ZeroDivisionError)):
         export_index(place.index, target)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@both_formats
+def test_what_a_killed_export_left_is_removed_by_the_next(place: Place, tmp_path: Path, ending: str) -> None:
+    target, others = tmp_path / f"out[{ending}", [f".out{ending}.0123456789abcdef.tmp", f"out[{ending}.tmp"]
+    for name in [f".{target.name}.0123456789abcdef.tmp", f".{lines_of(target).name}.0123456789abcdef.tmp", *others]:
+        (tmp_path / name).touch()
+    export_index(place.index, target)
+    assert names(tmp_path) == sorted([*others, target.name, *([lines_of(target).name] if ending == ".npy" else [])])
+
+
+@both_formats
+def test_names_are_the_same_in_a_locale_without_utf8(tmp_path: Path, ending: str) -> None:
+    def run(step: str, index: Path, file: Path) -> None:
+        code = f"""from pathlib import Path; from mimco_deploy.serving.interchange import {step}_index as step
+step(Path({os.fspath(index)!r}), Path({os.fspath(file)!r}))"""
+        environment = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
+        subprocess.run([sys.executable, "-X", "utf8=0", "-c", code], env=environment, check=True)
+
+    for name in ("caf\u00e9.png", "caf\udce9.png"):
+        save(tmp_path / "photos" / name, 1)
+    update(tmp_path / "index", CountingEncoder(), tmp_path / "photos")
+    here, there = tmp_path / f"here{ending}", tmp_path / f"there{ending}"
+    export_index(tmp_path / "index", here)
+    run("export", tmp_path / "index", there)
+    import_index(tmp_path / "from there", there)
+    run("import", tmp_path / "in there", here)
+    assert listing(tmp_path / "from there") == listing(tmp_path / "in there") == listing(tmp_path / "index")
+    assert there.read_bytes() == here.read_bytes()
+    if ending == ".npy":
+        assert lines_of(there).read_text() == lines_of(here).read_text()
 
 
 @both_formats
