@@ -96,7 +96,7 @@ class UpdateReport:
     changed: int
     """Listed files whose size or date had changed and that were read again."""
     removed: int
-    """Files that are gone, under their old name at least."""
+    """Files that are gone, under their old name at least, or are no pictures any more."""
     unchanged: int
     """Files that nobody had to read."""
     embedded: int
@@ -318,6 +318,7 @@ class _Update:
                 self._changed += job.listed
             case Refused():
                 logger.info("not indexed: %s", outcome.found)
+                self._removed += job.listed
                 self._catalog.put_problem(job.root, job.file.path, outcome.stamp, outcome.problem, outcome.found)
             case Vanished():
                 self._removed += self._catalog.drop(job.root, [job.file.path])

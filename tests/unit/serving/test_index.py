@@ -293,6 +293,7 @@ def test_a_picture_that_goes_bad_is_no_hit_any_more(place: Place) -> None:
     paths[1].write_bytes(b"overwritten")
     report = place.update()
     assert [problem.path for problem in report.problems] == [paths[1]]
+    assert (report.added, report.changed, report.removed, report.unchanged) == (0, 0, 1, 2)
     assert place.files() == [paths[0], paths[2]]
     paths[1].unlink()
     assert place.update().problems == ()

@@ -49,10 +49,13 @@ def test_after_any_changes_the_index_holds_what_the_folder_holds(states: list[di
         keeper = root / "keeper.png"  # a search needs something to find
         save(keeper, 99)
         contents: set[int] = set()
+        files = 0
         opened: ImageIndex | None = None
         for state in states:
             write(root, state)
-            update_index(path, [root], encoder, batch_size=2)
+            report = update_index(path, [root], encoder, batch_size=2)
+            files += report.added - report.removed
+            assert report.counts.files == files, "what was said to be done was done"
             wanted = state | {"keeper.png": 99}
             contents |= {seed for seed in wanted.values() if seed is not None}
             check(root, ImageIndex.open(path), encoder, wanted)
