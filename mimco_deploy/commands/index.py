@@ -72,7 +72,7 @@ def _update_options(function: FunctionT, encoder_options: Callable[[Any], Any] =
     options = [
         click.option(
             "--batch-size",
-            type=click.IntRange(min=1),
+            type=click.IntRange(min=1, max=65_536),
             help="Pictures embedded at once.  [default: 16 on a CPU, else 64]",
         ),
         file_timeout_option(60.0),
