@@ -33,7 +33,7 @@ from typing import IO, cast
 from PIL import Image
 
 from mimco_deploy.errors import ConfigError, ImageError
-from mimco_deploy.images import MAX_BYTES, decode_image, read_facts
+from mimco_deploy.images import MAX_BYTES, _shown, decode_image, read_facts
 from mimco_deploy.preprocess import Crop, CropMode, Interpolation, decode_pixels
 from mimco_deploy.serving.scan import stamp_of
 
@@ -104,6 +104,7 @@ def main(geometry: Geometry, limit_s: float, limit_mib: int) -> None:
 def _serve(request: bytes, asked: IO[bytes], answers: IO[bytes], geometry: Geometry) -> None:
     stamp = _NO_STAMP
     name = "picture" if request[0] & CONTENT else os.fsdecode(request[REQUEST.size :])
+    shown = _shown(name)
     try:
         if request[0] & CONTENT:
             content = request[REQUEST.size :]
@@ -117,7 +118,7 @@ def _serve(request: bytes, asked: IO[bytes], answers: IO[bytes], geometry: Geome
                 status = os.fstat(file.fileno())
                 stamp = STAMP.pack(*stamp_of(status))
                 if status.st_size > MAX_BYTES:
-                    raise ImageError("too_large", f"{name} has {status.st_size:,} bytes, more than {MAX_BYTES:,}")
+                    raise ImageError("too_large", f"{shown} has {status.st_size:,} bytes, more than {MAX_BYTES:,}")
                 content = file.read(status.st_size + 1)  # bounded also where it grows
         _answer(request, content, name, stamp, asked, answers, geometry)
     except ImageError as error:
@@ -125,9 +126,9 @@ def _serve(request: bytes, asked: IO[bytes], answers: IO[bytes], geometry: Geome
     except ConfigError as error:
         write_frame(answers, b"C", str(error).encode())
     except MemoryError:
-        _refuse(answers, stamp, "too_large", f"{name} needs more memory than a file may take")
+        _refuse(answers, stamp, "too_large", f"{shown} needs more memory than a file may take")
     except OSError as error:
-        _refuse(answers, stamp, "unreadable", f"{name} cannot be read ({error.strerror})")
+        _refuse(answers, stamp, "unreadable", f"{shown} cannot be read ({error.strerror})")
 
 
 def _answer(

@@ -243,6 +243,18 @@ def test_a_file_that_cannot_be_opened_has_no_stamp(pool: DecodePool, tmp_path: P
     assert str(found) == f"{circle} cannot be read (Too many levels of symbolic links)"
 
 
+@pytest.mark.usefixtures("notes")
+def test_a_line_break_in_a_name_forges_no_line(tmp_path: Path) -> None:
+    (tmp_path / "circle\n.png").symlink_to("circle\n.png")
+    (tmp_path / "large\n.png").touch()
+    os.truncate(tmp_path / "large\n.png", MAX_BYTES + 1)  # sparse: it takes no room
+    for kind in ("HANG!", "SEGV!", "MUCH!"):
+        write(tmp_path / f"{kind}\n.png", kind.encode())
+    with DecodePool(tiny_spec(), Limits(seconds=1)) as pool:
+        for path in tmp_path.glob("*\n.png"):
+            assert refused(pool, path).found.startswith(ascii(str(path)))
+
+
 def test_a_folder_is_unreadable(pool: DecodePool, tmp_path: Path) -> None:
     found = refused(pool, tmp_path)
     assert (found.problem, found.found) == ("unreadable", f"{tmp_path} cannot be read (Is a directory)")
@@ -288,7 +300,7 @@ def test_a_file_that_brings_its_decoder_down_costs_one_file(
         found = refused(pool, bad)
         assert is_good(pool, good)
     assert (found.problem, found.stamp) == ("crashed", NEVER_OPENED)
-    assert str(found) == f"{tmp_path}/b\ufffdd.png brought its decoder down ({how})"
+    assert str(found) == f"{str(bad)!a} brought its decoder down ({how})"
     assert notes.decoded(content.decode()) == 2, "something else may have killed the first"
     assert len(notes.started()) == 3
 
