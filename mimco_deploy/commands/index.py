@@ -116,8 +116,8 @@ def update(
     """
     from mimco_deploy.serving.roots import move_roots, split_move
 
-    for move in moves:
-        move_roots(workspace.index, *split_move(workspace.index, move))
+    if moves:
+        move_roots(workspace.index, [split_move(workspace.index, move) for move in moves])
     _update(workspace, folders, encoder_path(workspace, options["encoder"]), retry_problems=retry_problems, **options)
 
 

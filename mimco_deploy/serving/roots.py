@@ -127,38 +127,44 @@ def _start(recorded: Sequence[Root], old: Path) -> Path | None:
     return None
 
 
-def move_roots(index: Path, old: Path, new: Path) -> int:
-    """Record that indexed folders lie elsewhere now: `old` itself, or all below it. Nothing is read or embedded again.
+def move_roots(index: Path, moves: Sequence[tuple[Path, Path]]) -> int:
+    """Record that indexed folders lie elsewhere now, all of them or none. Nothing is read or embedded again.
 
     Args:
         index: the index folder.
-        old: an indexed folder, or one that holds some; need not exist.
-        new: where it lies now.
+        moves: an indexed folder, or one that holds some, which need not exist; and where it, with all below, lies now.
+            What several of them name moves by the first.
 
     Returns:
         How many indexed folders moved.
 
     Raises:
-        IndexStoreError: no index, no such indexed folder, `new` is no folder or overlaps another indexed one, or
+        IndexStoreError: no index, no such indexed folder, a new place is no folder or overlaps another indexed one, or
             another process is writing.
     """
     current_generation(index)  # before the lock makes a folder where there is no index
-    target = existing_folder(new)
+    targets = [(old, existing_folder(new)) for old, new in moves]
     with writer_lock(index), Catalog(current_generation(index).catalog) as catalog, catalog.transaction():
         recorded = catalog.roots()
-        start = _start(recorded, old)
-        if start is None:
-            listed = ", ".join(readable(root.path) for root in recorded) or "none"
-            raise IndexStoreError(f"no indexed folder lies in {readable(old)}", expected=f"one of: {listed}")
-        moving = [root for root in recorded if root.path.is_relative_to(start)]
-        staying = [root.path for root in recorded if root not in moving]
-        for root in moving:
-            path = target / root.path.relative_to(start)
-            for other in staying:
-                if _reaches(path, other) or _reaches(other, path):
-                    raise IndexStoreError(f"{readable(path)} overlaps the indexed folder {readable(other)}")
+        moved: dict[Root, Path] = {}
+        for old, target in targets:
+            left = [root for root in recorded if root not in moved]
+            start = _start(left, old)
+            if start is None:
+                listed = ", ".join(readable(root.path) for root in left) or "none"
+                raise IndexStoreError(f"no indexed folder lies in {readable(old)}", expected=f"one of: {listed}")
+            inside = [root for root in left if root.path.is_relative_to(start)]
+            moved.update((root, target / root.path.relative_to(start)) for root in inside)
+        places = {root: moved.get(root, root.path) for root in recorded}
+        for root, path in moved.items():
+            for other, place in places.items():
+                if other != root and (_reaches(path, place) or _reaches(place, path)):
+                    raise IndexStoreError(f"{readable(path)} overlaps the indexed folder {readable(place)}")
+        for root in moved:  # to where no folder lies, as one may take the place of another
+            catalog.move_root(root, Path(str(root.id)))
+        for root, path in moved.items():
             catalog.move_root(root, path)
-    return len(moving)
+    return len(moved)
 
 
 def forget_roots(index: Path, roots: Sequence[Path]) -> int:

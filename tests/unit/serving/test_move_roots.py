@@ -60,7 +60,7 @@ def test_a_folder_that_moved_keeps_its_files(place: Place, monkeypatch: pytest.M
     new = place.folder / "new disk" / "photos 2024"
     new.parent.mkdir()
     (place.old / "2024").rename(new)
-    assert move_roots(place.index, place.old / "2024", new) == 1
+    assert move_roots(place.index, [(place.old / "2024", new)]) == 1
     assert place.opened().roots() == sorted([place.old / "2023", new, place.folder / "other"])
     check_that_nothing_is_read(place, monkeypatch)
     hit = search_image(place.opened(), CountingEncoder(), new / "0011.png", 1)[0]
@@ -73,7 +73,7 @@ def test_all_folders_of_a_disk_move_with_it(place: Place, monkeypatch: pytest.Mo
     new = place.folder / "elsewhere" / "disk"
     new.parent.mkdir()
     place.old.rename(new)
-    assert move_roots(place.index, place.old, new) == 2
+    assert move_roots(place.index, [(place.old, new)]) == 2
     assert place.opened().roots() == [new / "2023", new / "2024", place.folder / "other"]
     moved = [new / path.relative_to(place.old) if path.is_relative_to(place.old) else path for path in before]
     assert place.opened().files() == sorted(moved)
@@ -86,7 +86,7 @@ def test_what_is_new_at_the_new_place_is_noticed(place: Place) -> None:
     (place.old / "2024").rename(new)
     save(new / "fresh.png", 70)
     (new / "0010.png").unlink()
-    move_roots(place.index, place.old / "2024", new)
+    move_roots(place.index, [(place.old / "2024", new)])
     report = update_index(place.index, [], CountingEncoder())
     assert (report.added, report.removed, report.embedded) == (1, 1, 1)
 
@@ -94,8 +94,8 @@ def test_what_is_new_at_the_new_place_is_noticed(place: Place) -> None:
 def test_a_move_there_and_back_is_none(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     before = place.opened().files()
     (place.folder / "new").mkdir()
-    assert move_roots(place.index, place.old, place.folder / "new") == 2
-    assert move_roots(place.index, place.folder / "new", place.old) == 2
+    assert move_roots(place.index, [(place.old, place.folder / "new")]) == 2
+    assert move_roots(place.index, [(place.folder / "new", place.old)]) == 2
     assert place.opened().files() == before
     check_that_nothing_is_read(place, monkeypatch)
 
@@ -103,16 +103,44 @@ def test_a_move_there_and_back_is_none(place: Place, monkeypatch: pytest.MonkeyP
 def test_a_folder_may_move_into_or_out_of_itself(place: Place) -> None:
     inside = place.old / "2024" / "inside"
     inside.mkdir()
-    assert move_roots(place.index, place.old / "2024", inside) == 1
+    assert move_roots(place.index, [(place.old / "2024", inside)]) == 1
     assert inside in place.opened().roots()
-    assert move_roots(place.index, inside, place.old / "2024") == 1
+    assert move_roots(place.index, [(inside, place.old / "2024")]) == 1
+    assert place.opened().roots() == sorted(place.roots)
+
+
+def test_folders_may_take_each_others_places(place: Place) -> None:
+    gallery(place.old / "inner" / "2024", 2, first=50)
+    update_index(place.index, [place.old / "inner" / "2024"], CountingEncoder())
+    assert move_roots(place.index, [(place.old, place.old / "inner")]) == 3
+    inner = place.old / "inner"
+    assert place.opened().roots() == sorted(
+        [*(inner / name for name in ("2023", "2024", "inner/2024")), place.roots[2]]
+    )
+    places = [inner / "2023", inner / "2024"]
+    for folder in places:
+        folder.mkdir(exist_ok=True)
+    files = len(place.opened().files())
+    assert move_roots(place.index, [(places[0], places[1]), (places[1], places[0])]) == 2
+    assert len(place.opened().files()) == files
+    assert places[0] / "0010.png" in place.opened().files()
+
+
+def test_of_moves_given_together_all_or_none_happen(place: Place) -> None:
+    (place.folder / "new").mkdir()
+    first = f"{place.old / '2024'}={place.folder / 'new'}"
+    refused = place.mimco("--root", first, "--root", f"{place.folder / 'unknown'}={place.folder / 'new'}")
+    assert "no indexed folder lies in" in refused.output
+    assert place.opened().roots() == sorted(place.roots)
+    with pytest.raises(IndexStoreError, match="overlaps"):
+        move_roots(place.index, [(root, place.folder / "new") for root in place.roots[:2]])
     assert place.opened().roots() == sorted(place.roots)
 
 
 def test_the_new_place_may_be_named_through_a_link(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     (place.old / "2024").rename(place.folder / "new")
     (place.folder / "link").symlink_to(place.folder / "new")
-    move_roots(place.index, place.old / "2024", place.folder / "link")
+    move_roots(place.index, [(place.old / "2024", place.folder / "link")])
     assert place.folder / "new" in place.opened().roots()
     check_that_nothing_is_read(place, monkeypatch)
 
@@ -120,14 +148,14 @@ def test_the_new_place_may_be_named_through_a_link(place: Place, monkeypatch: py
 def test_the_old_place_may_be_named_through_a_link(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     (place.folder / "link").symlink_to(place.folder)
     (place.old / "2024").rename(place.folder / "new")
-    assert move_roots(place.index, place.folder / "link" / "disk" / "2024", place.folder / "new") == 1
+    assert move_roots(place.index, [(place.folder / "link" / "disk" / "2024", place.folder / "new")]) == 1
     check_that_nothing_is_read(place, monkeypatch)
 
 
 def test_a_link_that_was_left_at_the_old_place_is_no_hindrance(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     (place.old / "2024").rename(place.folder / "new")
     (place.old / "2024").symlink_to(place.folder / "new")
-    assert move_roots(place.index, place.old / "2024", place.folder / "new") == 1
+    assert move_roots(place.index, [(place.old / "2024", place.folder / "new")]) == 1
     assert place.folder / "new" in place.opened().roots()
     check_that_nothing_is_read(place, monkeypatch)
 
@@ -135,21 +163,21 @@ def test_a_link_that_was_left_at_the_old_place_is_no_hindrance(place: Place, mon
 def test_relative_names_are_those_of_the_current_folder(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place.folder)
     (place.old / "2024").rename(place.folder / "new")
-    assert move_roots(Path("index"), Path("disk/2024"), Path("new")) == 1
+    assert move_roots(Path("index"), [(Path("disk/2024"), Path("new"))]) == 1
     assert place.folder / "new" in place.opened().roots()
 
 
 def test_a_folder_that_is_not_indexed_is_refused_with_those_that_are(place: Place) -> None:
     for unknown in (place.old / "2025", place.old / "2023" / "caf\udce9", place.folder / "dis"):
         with pytest.raises(IndexStoreError, match=r"no indexed folder lies in .*; expected one of: .*2023, .*2024"):
-            move_roots(place.index, unknown, place.folder)
+            move_roots(place.index, [(unknown, place.folder)])
     assert place.opened().roots() == sorted(place.roots)
 
 
 @pytest.mark.parametrize(("name", "message"), [("nowhere", "does not exist"), ("other/0020.png", "is a file")])
 def test_a_new_place_that_is_no_folder_is_refused(place: Place, name: str, message: str) -> None:
     with pytest.raises(IndexStoreError, match=f"{message}; expected a folder of pictures"):
-        move_roots(place.index, place.old, place.folder / name)
+        move_roots(place.index, [(place.old, place.folder / name)])
     assert place.opened().roots() == sorted(place.roots)
 
 
@@ -158,7 +186,7 @@ def test_a_new_place_that_overlaps_an_indexed_folder_is_refused(place: Place, ne
     (place.folder / "other" / "inside").mkdir()
     before = place.opened().files()
     with pytest.raises(IndexStoreError, match="overlaps the indexed folder"):
-        move_roots(place.index, place.old / "2024", place.folder / new)
+        move_roots(place.index, [(place.old / "2024", place.folder / new)])
     assert place.opened().files() == before
 
 
@@ -168,32 +196,32 @@ def test_of_folders_that_move_together_all_or_none_do(place: Place) -> None:
     update_index(place.index, [place.folder / "new" / "2024"], CountingEncoder())
     before = place.opened().roots()
     with pytest.raises(IndexStoreError, match="overlaps"):
-        move_roots(place.index, place.old, place.folder / "new")  # 2023 would fit
+        move_roots(place.index, [(place.old, place.folder / "new")])  # 2023 would fit
     assert place.opened().roots() == before
 
 
 def test_a_hidden_folder_beside_an_indexed_one_is_no_overlap(place: Place) -> None:
     hidden = place.folder / "other" / ".hidden"
     hidden.mkdir()
-    assert move_roots(place.index, place.old / "2024", hidden) == 1
+    assert move_roots(place.index, [(place.old / "2024", hidden)]) == 1
     assert hidden in place.opened().roots()
 
 
 def test_without_an_index_none_is_made(tmp_path: Path) -> None:
     with pytest.raises(IndexStoreError, match="no index in"):
-        move_roots(tmp_path / "index", tmp_path, tmp_path)
+        move_roots(tmp_path / "index", [(tmp_path, tmp_path)])
     assert not (tmp_path / "index").exists()
 
 
 def test_a_second_writer_is_refused(place: Place) -> None:
     with writer_lock(place.index), pytest.raises(IndexStoreError, match="is being written by process"):
-        move_roots(place.index, place.old, place.folder)
+        move_roots(place.index, [(place.old, place.folder)])
 
 
 def test_a_reader_that_is_open_follows(place: Place) -> None:
     opened = place.opened()
     (place.folder / "new").mkdir()
-    move_roots(place.index, place.old, place.folder / "new")
+    move_roots(place.index, [(place.old, place.folder / "new")])
     assert place.folder / "new" / "2024" / "0010.png" in opened.files()
 
 

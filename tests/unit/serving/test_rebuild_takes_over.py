@@ -63,7 +63,7 @@ def test_a_folder_that_was_forgotten_meanwhile_does_not_come_back(index: Path) -
 def test_a_folder_that_moved_meanwhile_is_there_once_and_is_not_embedded_again(index: Path) -> None:
     folder = index.parent
     (folder / "a").rename(folder / "moved")
-    move_roots(index, folder / "a", folder / "moved")
+    move_roots(index, [(folder / "a", folder / "moved")])
     report = update_index(index, [], CountingEncoder(1, OTHER), rebuild=True)
     assert ImageIndex.open(index).roots() == [folder / "b", folder / "moved"]
     assert (report.counts.files, report.counts.dead, report.embedded) == (8, 0, 4)
