@@ -5,6 +5,7 @@ An index walks folders by its own rules (`serving/scan.py`): it must notice what
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import tarfile
@@ -71,37 +72,44 @@ def decode_reduced(content: bytes, name: str, short_side_px: int) -> Image.Image
 
 
 def find_pictures(sources: Iterable[str]) -> list[Picture]:
-    """List what the sources hold, in one order on every machine.
+    """List what the sources hold, in one order on every machine. What cannot be read is told in one warning.
 
     Args:
         sources: folders (walked in full, tars inside included), picture files, plain tars.
 
     Returns:
-        Each picture once, sorted by name.
+        Each picture once, however its folder is spelled, sorted by name.
 
     Raises:
         DataError: a source is missing, or a tar is compressed or broken; or there is no picture at all.
     """
     sources = tuple(sources)
-    found: dict[str, Picture] = {}
+    found: dict[tuple[str, str, int], Picture] = {}
+    unread: list[OSError] = []
+    real = functools.cache(os.path.realpath)  # of folders, which are few
     for source in map(Path, sources):
         if not source.exists():
             raise DataError(f"{source} does not exist", expected="a folder, a picture or a plain .tar")
         if source.is_dir():
-            pictures = _in_folder(source)
+            pictures: Iterable[Picture] = _in_folder(source, unread)
         elif not source.is_file():  # a pipe would be waited for
             raise DataError(f"{source} is no file", expected="a folder, a picture or a plain .tar")
         elif source.suffix.lower() in IMAGE_SUFFIXES:
-            pictures = iter([_file(source, None)])
+            pictures = [_file(source, None)]
         else:
             pictures = _in_tar(source, None)
         for picture in pictures:
-            known = found.get(picture.name)
-            if known is None or known.folder is None:  # named twice, a picture keeps the folder that one naming tells
-                found[picture.name] = picture
+            folder, name = os.path.split(picture.file)
+            place = (real(folder), name, picture.offset)
+            known = found.get(place)
+            if known is None or (known.folder is None and picture.folder is not None):
+                found[place] = picture  # named twice, a picture keeps the folder that one naming tells
+    if unread:
+        others = f"; {len(unread) - 1} more likewise" if len(unread) > 1 else ""
+        logger.warning("%s cannot be read (%s)%s", unread[0].filename, unread[0].strerror, others)
     if not found:
         raise DataError(f"no picture in {', '.join(sources) or 'no source'}", expected="--data DIR with pictures")
-    return [found[name] for name in sorted(found)]
+    return sorted(found.values(), key=lambda picture: picture.name)
 
 
 def shared_pictures(first: Iterable[Picture], second: Iterable[Picture]) -> list[str]:
@@ -123,8 +131,8 @@ def warn_of_merged_classes(pictures: Iterable[Picture]) -> None:
         logger.warning("class %s is %d folders, such as %s and %s%s", label, len(found), *found[:2], others)
 
 
-def _in_folder(root: Path) -> Iterator[Picture]:
-    for folder, folders, names in os.walk(root):
+def _in_folder(root: Path, unread: list[OSError]) -> Iterator[Picture]:
+    for folder, folders, names in os.walk(root, onerror=unread.append):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         here = Path(folder)
         below = here.relative_to(root).as_posix() if here != root else None
@@ -134,16 +142,21 @@ def _in_folder(root: Path) -> Iterator[Picture]:
             path = here / name
             if path.suffix == ".tar":
                 yield from _in_tar(path, below)
-            elif path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
-                yield _file(path, below)
+            elif path.suffix.lower() in IMAGE_SUFFIXES:
+                try:
+                    if path.is_file():
+                        yield _file(path, below)
+                except OSError as error:  # of a folder that may be listed but not entered
+                    unread.append(error)
 
 
 def _file(path: Path, folder: str | None) -> Picture:
     return Picture(path, 0, path.stat().st_size, str(path), folder)
 
 
-def _in_tar(path: Path, folder: str | None) -> Iterator[Picture]:
+def _in_tar(path: Path, folder: str | None) -> Iterable[Picture]:
     """The pictures of a tar; those in no folder inside of it are in the one that it lies in."""
+    found: dict[Path, Picture] = {}  # of a member that comes twice, as after `tar -r`, the last counts
     try:
         with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
@@ -152,7 +165,7 @@ def _in_tar(path: Path, folder: str | None) -> Iterator[Picture]:
                 inside = Path(member.name)
                 if member.isreg() and inside.suffix.lower() in IMAGE_SUFFIXES and not inside.name.startswith("."):
                     within = inside.parent.as_posix() if inside.parent.name else folder
-                    yield Picture(path, member.offset_data, member.size, f"{path}:{member.name}", within)
+                    found[inside] = Picture(path, member.offset_data, member.size, f"{path}:{member.name}", within)
             file.seek(archive.offset)
             if any(
                 file.read(tarfile.BLOCKSIZE)
@@ -161,3 +174,4 @@ def _in_tar(path: Path, folder: str | None) -> Iterator[Picture]:
     except (tarfile.TarError, OSError) as error:
         expected = "a plain .tar, which is read in place; unpack or decompress it first"
         raise DataError(f"{path} cannot be read as a tar ({error})", expected=expected) from error
+    return found.values()
