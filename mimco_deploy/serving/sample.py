@@ -12,6 +12,7 @@ import numpy.typing as npt
 from mimco_deploy.drawings import KINDS, draw
 from mimco_deploy.errors import ConfigError, ImageError
 from mimco_deploy.preprocess import CropMode, Interpolation, preprocess, read_pixels
+from mimco_deploy.serving.scan import scan_root
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ def sample_folder(
     interpolation: Interpolation,
     crop_mode: CropMode = "center",
 ) -> Pixels:
-    """Up to `count` pictures of a folder and all below it, taken at random but always the same.
+    """Up to `count` pictures that an index of the folder would hold, taken at random but always the same.
 
     Returns:
         uint8 [N, H, W, 3], 1 ≤ N ≤ count. Files that are no pictures are left out.
@@ -57,7 +58,7 @@ def sample_folder(
     """
     if not folder.is_dir():
         raise ConfigError(f"no folder {folder}", expected="a folder of pictures")
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    files = sorted(folder / path for path, *_ in scan_root(folder).files)
     random.Random(_SEED).shuffle(files)
     pixels: list[Pixels] = []
     refused = 0
