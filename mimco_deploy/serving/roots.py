@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def roots_to_keep(index: Path, *, may_be_broken: bool) -> list[Path]:
             raise IndexStoreError(
                 f"{readable(root)} is away, and a rebuild would lose its {files} files",
                 expected="all indexed folders",
-                command=f"mimco index forget {readable(root)}",
+                command=f"mimco index forget {shlex.quote(readable(root))}",
             )
     return [root for root, _ in recorded]
 

@@ -31,7 +31,7 @@ class Place:
     """A folder of pictures, an index and the encoder between them."""
 
     def __init__(self, folder: Path) -> None:
-        self.photos = folder / "photos"
+        self.photos = folder / "my photos"
         self.photos.mkdir()
         self.index = folder / "index"
         self.encoder = CountingEncoder()
@@ -435,7 +435,7 @@ def test_a_folder_that_is_away_keeps_its_files_and_is_reported(place: Place, tmp
     assert [(item.path, item.kept) for item in report.unreachable] == [(place.photos, 3)]
     assert (report.removed, report.unchanged, report.counts.files) == (0, 1, 4)
     assert place.files() == sorted([*paths, other])
-    with pytest.raises(IndexStoreError, match=r"lose its 3 files; .*run: mimco index forget"):
+    with pytest.raises(IndexStoreError, match=rf"lose its 3 files; .*run: mimco index forget '{place.photos}'$"):
         place.update(rebuild=True)
     assert place.files() == sorted([*paths, other])
 
