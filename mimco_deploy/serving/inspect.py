@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mimco_deploy.errors import IndexStoreError
+from mimco_deploy.serving.background import background_of, references_of
 from mimco_deploy.serving.catalog import Catalog, Counts
 from mimco_deploy.serving.generations import Generation, current_generation, has_index
 from mimco_deploy.serving.tuning import Budget, Tuning, budget_of, damage, tuning_of
@@ -159,6 +160,7 @@ def _wrong(generation: Generation) -> list[str]:
             return wrong
         try:
             vectors = read_vectors(generation.vectors, catalog.embedding_dim, catalog.row_count())
+            references_of(background_of(catalog), vectors)
         except IndexStoreError as error:
             return [error.found]
         bad = list(damaged_rows(vectors, catalog.crc32s()))

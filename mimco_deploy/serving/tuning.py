@@ -52,6 +52,7 @@ _MIN_ROWS_PER_LIST = 39
 _SEED = 2209
 _SETTING = "neighbours"
 EXACT = "exact"
+_LITTLE = "there is little to read"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +99,7 @@ class Tuning:
 
 def tuning_of(catalog: Catalog) -> Tuning:
     """How an index is searched, as recorded. Inside a snapshot."""
-    return catalog.parsed(_SETTING, Tuning) or Tuning(kind=EXACT, reason="there is little to read")
+    return catalog.parsed(_SETTING, Tuning) or Tuning(kind=EXACT, reason=_LITTLE)
 
 
 def budget_of(catalog: Catalog) -> Budget:
@@ -174,9 +175,12 @@ def keep_tuned(
     with catalog.snapshot():
         now, budget, dead = tuning_of(catalog), budget_of(catalog), catalog.dead_rows()
         vectors = read_vectors(generation.vectors, catalog.embedding_dim, catalog.row_count())
-    kind = plan(len(vectors) - len(dead), catalog.embedding_dim, budget)
+    live = len(vectors) - len(dead)
+    kind = plan(live, catalog.embedding_dim, budget)
     if kind is None:
-        tuning = Tuning(kind=EXACT, reason=f"reading all takes less than {budget.latency_ms:g} ms")
+        within = _exact_ms(live, catalog.embedding_dim) <= budget.latency_ms
+        reason = f"reading all takes less than {budget.latency_ms:g} ms" if within else _LITTLE
+        tuning = Tuning(kind=EXACT, reason=reason)
     elif not anew and _still_given_up(now, len(vectors)):
         tuning = now
     else:

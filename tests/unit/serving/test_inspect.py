@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sqlite3
 from pathlib import Path
@@ -79,6 +80,13 @@ def test_a_content_that_is_missing_is_found(workspace: Path, generation: Generat
     assert any("1 of 15 rows have no content" in line for line in found)
 
 
+def test_a_background_of_rows_that_are_not_there_is_found(workspace: Path, generation: Generation) -> None:
+    with contextlib.closing(sqlite3.connect(generation.catalog)) as catalog, catalog:
+        background = {"rows": 15, "reference": [99], "z": [], "tail": 1}
+        catalog.execute("INSERT INTO settings VALUES ('background', ?)", (json.dumps(background),))
+    assert verify(workspace / "index") == ["the background of the index names rows that it has not"]
+
+
 def test_a_damaged_page_of_the_catalogue_is_found(workspace: Path, generation: Generation) -> None:
     content = bytearray(generation.catalog.read_bytes())
     page = len(content) // 4096 - 1
@@ -97,6 +105,7 @@ def test_the_commands_answer(workspace: Path, tmp_path: Path, generation: Genera
     (problem,) = json.loads(run(workspace, "problems", "--json").stdout)
     assert problem["path"] == str(tmp_path / "photos/broken.jpg")
     assert run(workspace, "problems").output.split()[0] == problem["problem"]
+    assert run(workspace, "tune", "--latency-ms", "0").output == "exact, since there is little to read\n"
     assert run(workspace, "verify").output == "the index is whole\n"
     assert json.loads(run(workspace, "verify", "--json").stdout)["wrong"] == []
     assert run(workspace, "forget", str(tmp_path / "more")).output == "3 pictures dropped from the index\n"
@@ -105,6 +114,13 @@ def test_the_commands_answer(workspace: Path, tmp_path: Path, generation: Genera
     damaged = run(workspace, "verify")
     assert damaged.exit_code == 1
     assert "run: mimco index repair" in damaged.output
+
+
+def test_a_long_path_is_whole_where_status_goes_into_a_pipe(workspace: Path, tmp_path: Path) -> None:
+    long = tmp_path / ("a" * 200) / ("b" * 200)
+    gallery(long, 1, first=90)
+    update_index(workspace / "index", [long], CountingEncoder())
+    assert f"{long} " in run(workspace, "status").output
 
 
 def test_a_rebuild_tells_of_another_encoder(workspace: Path, tmp_path: Path) -> None:
