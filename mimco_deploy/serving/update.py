@@ -213,6 +213,7 @@ class _Update:
 
     def run(self, folders: Sequence[Path], *, everything: bool) -> UpdateReport:
         with self._catalog.transaction():
+            self._sign()
             touched = record_roots(self._catalog, folders)
             roots = self._catalog.roots() if everything else touched
         jobs = [job for root in roots for job in self._compare(root)]
@@ -295,14 +296,15 @@ class _Update:
         with self._catalog.transaction():
             self._catalog.add_contents(first_row, batch.contents)
             if batch.contents:
-                self._sign()
+                self._sign(provider=self._encoder.provider, precision=self._encoder.precision)
             for outcome in batch.outcomes:
                 self._record(outcome)
         self._embedded += len(batch.contents)
 
-    def _sign(self) -> None:
-        """With the first embeddings, so that a run that is killed leaves none of which nobody knows the encoder."""
-        made_by = {"provider": self._encoder.provider, "precision": self._encoder.precision}
+    def _sign(self, **ran: str) -> None:
+        """Note where the encoder lies, which may have moved, before anything is embedded, and with that what ran it."""
+        made_by = {**self._catalog.made_by(), **ran}
+        made_by.pop("encoder", None)
         if self.encoder_path is not None:
             made_by["encoder"] = str(self.encoder_path.absolute())
         self._catalog.set_setting(MADE_BY, json.dumps(made_by))

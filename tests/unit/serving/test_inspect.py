@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 from mimco_deploy.cli import main
 from mimco_deploy.errors import IndexStoreError
 from mimco_deploy.serving.generations import Generation, current_generation
-from mimco_deploy.serving.inspect import RootStatus, status_of, verify
+from mimco_deploy.serving.inspect import RootStatus, recorded_encoder, status_of, verify
 from mimco_deploy.serving.update import update_index
 from tests.helpers import DIM, CountingEncoder, gallery, tiny_bundle
 
@@ -134,6 +134,16 @@ def test_a_rebuild_tells_of_another_encoder(workspace: Path, tmp_path: Path) -> 
     text = " ".join(run(workspace, "reindex", "--help").output.split())
     assert "[default: the workspace's, else mimco's]" in text
     assert "index's, else" not in text
+
+
+def test_where_the_encoder_lies_is_recorded_although_nothing_is_embedded(workspace: Path, tmp_path: Path) -> None:
+    bundle, index = tiny_bundle(tmp_path / "bundle"), workspace / "index"
+    for moved in (bundle, tmp_path / "moved", workspace / "encoder"):
+        bundle = bundle.rename(moved)
+        assert "; 0 embedded\n" in run(workspace, "--encoder", str(bundle)).stdout
+        assert recorded_encoder(index) == (None if bundle.parent == workspace else bundle)
+        assert run(workspace, "update").exit_code == 0, "it is found again"
+    assert status_of(index).made_by == {"provider": "NumPy", "precision": "fp32"}
 
 
 @pytest.mark.parametrize("command", ["status", "problems", "verify"])
