@@ -253,7 +253,8 @@ def writer_lock(index: Path) -> Iterator[None]:
     """Be the only writer of an index while the block runs. The lock falls with the process, however it ends.
 
     Raises:
-        IndexStoreError: another process writes, or the file system has no locks.
+        IndexBusyError: another process writes.
+        IndexStoreError: the file system has no locks, or refuses to be written.
     """
     with _explained(index):
         index.mkdir(parents=True, exist_ok=True)
@@ -264,7 +265,7 @@ def writer_lock(index: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "unknown"
-            raise IndexStoreError(
+            raise IndexBusyError(
                 f"the index in {index} is being written by process {holder}", expected="one writer at a time"
             ) from None
         except OSError as error:  # as some network file systems give

@@ -104,6 +104,11 @@ def scan_root(root: Path) -> Scan:
     return Scan(_walk(root, unlisted), unlisted)
 
 
+def can_be_walked(folder: Path) -> bool:
+    """Whether a folder is there and may be looked into. `Path.is_dir` raises where one above it may not be entered."""
+    return os.access(folder, os.R_OK | os.X_OK) and folder.is_dir()
+
+
 def _walk(root: Path, unlisted: list[Unlisted]) -> Iterator[tuple[str, int, int]]:
     waiting = [""]
     while waiting:

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import watchfiles
 
-from mimco_deploy.errors import IndexStoreError
+from mimco_deploy.errors import IndexBusyError, IndexStoreError
 from mimco_deploy.serving.encoders import Encoder
-from mimco_deploy.serving.generations import has_index, writing_process
+from mimco_deploy.serving.generations import has_index
 from mimco_deploy.serving.roots import existing_folder, recorded_roots
+from mimco_deploy.serving.scan import can_be_walked
 from mimco_deploy.serving.update import UpdateReport, update_index
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ def watch_folders(
     encoder_path: Path | None = None,
     stop: threading.Event | None = None,
 ) -> Iterator[UpdateReport]:
-    """Index folders now, and again after each change.
+    """Index folders now, and again after each change. One that is away meanwhile is passed over until it is back.
 
     Args:
         index: the index folder, made if missing.
@@ -52,7 +53,7 @@ def watch_folders(
         What each update did that found a change, the first in any case.
 
     Raises:
-        IndexStoreError: a folder does not exist, or there is nothing to watch.
+        IndexStoreError: a folder does not exist to begin with, or there is nothing to watch.
         EncoderMismatchError: another encoder made the index.
     """
     stop = stop or threading.Event()
@@ -62,14 +63,17 @@ def watch_folders(
     first = True
     while not stop.is_set():
         # Watched before it is walked: what changes meanwhile is heard of afterwards.
-        if (present := [root for root in roots or _recorded(index) if root.is_dir()]) != watched:
+        if (present := [root for root in roots or _recorded(index) if can_be_walked(root)]) != watched:
             watched, changes = present, _changes(present, stop)
             next(changes, None)
+        if roots and not present:
+            stop.wait(_BUSY_S)
+            continue
         try:
-            report = update_index(index, roots, encoder, encoder_path=encoder_path)
+            report = update_index(index, present if roots else [], encoder, encoder_path=encoder_path)
         except IndexStoreError as error:
-            if writing_process(index) is None:
-                raise
+            if not isinstance(error, IndexBusyError) and all(map(can_be_walked, present)):
+                raise  # else one went just now
             logger.warning("%s; trying again", error)
             stop.wait(_BUSY_S)
             continue

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from mimco_deploy.errors import IndexStoreError
+from mimco_deploy.serving import watch as watch_module
 from mimco_deploy.serving.generations import writer_lock
 from mimco_deploy.serving.index import ImageIndex
 from mimco_deploy.serving.update import UpdateReport
@@ -67,13 +68,42 @@ def test_what_comes_changes_and_goes_is_indexed(watch: Watch, photos: Path, tmp_
     assert watch.next().counts.files == 5
 
 
-def test_it_waits_for_another_writer(photos: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("told", [True, False])
+def test_it_waits_for_another_writer(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: bool) -> None:
+    monkeypatch.setattr(watch_module, "_BUSY_S", 0.1)
     with writer_lock(tmp_path / "index"):
+        if not told:
+            (tmp_path / "index/lock").write_text("")  # as before it has said who it is
         watch = Watch(tmp_path / "index", [photos])
         with pytest.raises(queue.Empty):
             watch.reports.get(timeout=0.5)
     try:
         assert watch.next().added == 5
+    finally:
+        watch.end()
+
+
+@pytest.mark.parametrize("away", [["photos"], ["photos", "more"]])
+def test_a_folder_that_is_away_for_a_while_is_passed_over(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, away: list[str]
+) -> None:
+    monkeypatch.setattr(watch_module, "_BUSY_S", 0.1)
+    monkeypatch.setattr(watch_module, "_LOOK_AGAIN_S", 0.5)
+    gallery(tmp_path / "more", 2, first=10)
+    watch = Watch(tmp_path / "index", [photos, tmp_path / "more"])
+    try:
+        assert watch.next().counts.files == 7
+        for name in away:
+            (tmp_path / name).rename(tmp_path / f"{name} away")
+        if "more" not in away:
+            save(tmp_path / "more/0020.png", 20)
+            assert watch.next().counts.files == 8, "those of the other one stay"
+        with pytest.raises(queue.Empty):
+            watch.reports.get(timeout=1.0)
+        save(tmp_path / "photos away/0021.png", 21)
+        for name in away:
+            (tmp_path / f"{name} away").rename(tmp_path / name)
+        assert watch.next().added == 1
     finally:
         watch.end()
 
