@@ -184,7 +184,7 @@ def file_timeout_option(default_s: float) -> Callable[[FunctionT], FunctionT]:
     """The option that bounds the decoding of a file."""
     return click.option(
         "--file-timeout",
-        type=FiniteRange(min=0.1),
+        type=FiniteRange(0.1, 86_400),
         default=default_s,
         show_default=True,
         metavar="SECONDS",

@@ -78,7 +78,7 @@ def _update_options(function: FunctionT, encoder_options: Callable[[Any], Any] =
         file_timeout_option(60.0),
         click.option(
             "--file-memory",
-            type=click.IntRange(min=256),
+            type=click.IntRange(256, 2**20),
             default=2048,
             show_default=True,
             metavar="MIB",

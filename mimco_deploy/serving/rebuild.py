@@ -13,6 +13,9 @@ from mimco_deploy.serving.generations import files_to_replace
 from mimco_deploy.serving.pictures import Job
 from mimco_deploy.serving.scan import Unlisted, readable
 
+GIVEN_UP = frozenset({"timeout", "crashed"})
+"""Problems that say more of the limits and of the machine than of a file, so that a rebuild tries such files again."""
+
 
 def refuse_to_lose(index: Path, begun: Catalog, unlisted: Sequence[tuple[Root, Unlisted]], jobs: Sequence[Job]) -> None:
     """Before hours of embedding, and after them: what is not whole cannot take the place of the old index.
@@ -24,14 +27,22 @@ def refuse_to_lose(index: Path, begun: Catalog, unlisted: Sequence[tuple[Root, U
         jobs: that are still to be done.
 
     Raises:
-        IndexStoreError: the old index holds files which the walks could not look at, or in a folder that is empty or
-            away now, as where a disk was mounted that is taken out.
+        IndexStoreError: the old index holds files which the walks could not look at, or which their decoders did not
+            survive, or in a folder that is empty or away now, as where a disk was mounted that is taken out.
     """
     with begun.snapshot():
-        problems = [one.path for one in begun.problems() if jobs or one.problem != "unreadable"]
+        problems = {one.path: one for one in begun.problems() if jobs or one.problem != "unreadable"}
         held, roots = {*begun.files(), *problems}, [root.path for root in begun.roots()]
     held.update(job.root.path / job.file.path for job in jobs)
-    missed = [path for path in files_to_replace(index) if path not in held]
+    old = files_to_replace(index)
+    given_up = [problems[path] for path in old if path in problems and problems[path].problem in GIVEN_UP]
+    if given_up and not jobs:
+        raise IndexStoreError(
+            f"{given_up[0].found}, and a rebuild would lose {len(given_up)} such files that the index holds",
+            expected="a longer --file-timeout, more --file-memory, or these files out of the indexed folders",
+            command="mimco index reindex",
+        )
+    missed = [path for path in old if path not in held]
     for root, folder in unlisted:
         below = (str(path.relative_to(root.path)) for path in missed if path.is_relative_to(root.path))
         if lost := sum(map(folder.hides, below)):

@@ -37,7 +37,7 @@ from mimco_deploy.serving.generations import (
 )
 from mimco_deploy.serving.guarded import DecodePool, Limits
 from mimco_deploy.serving.pictures import Job, Outcome, Picture, Refused, Vanished, read_pictures
-from mimco_deploy.serving.rebuild import refuse_to_lose
+from mimco_deploy.serving.rebuild import GIVEN_UP, refuse_to_lose
 from mimco_deploy.serving.roots import existing_folder, record_roots, roots_to_keep
 from mimco_deploy.serving.scan import Stamp, Unlisted, compare, scan_root
 from mimco_deploy.serving.tuning import keep_tuned_or_warn
@@ -145,7 +145,7 @@ def update_index(
 
     Raises:
         IndexStoreError: a folder does not exist, nothing to index, another process is writing, the disk is full, or a
-            rebuild would lose files in a folder that cannot be read or went away meanwhile.
+            rebuild would lose files that were given up, or in a folder that cannot be read or went away meanwhile.
         EncoderMismatchError: the index was made by another encoder.
     """
     folders = [existing_folder(root) for root in roots]
@@ -242,6 +242,8 @@ class _Update:
             listed, problems = self._catalog.file_stamps(root), self._catalog.problem_stamps(root)
         # Access rights change without a trace in size or date, so what could not be read is always tried again.
         again = {"unreadable", *(problem for _, problem in problems.values() if self.retry_problems)}
+        if self.replaces is not None:
+            again |= GIVEN_UP
         tried = {path: _RETRY if problem in again else stamp for path, (stamp, problem) in problems.items()}
         changes = compare(listed | tried, scan_root(root.path))
         for folder, kept in changes.kept.items():

@@ -14,8 +14,8 @@ import pytest
 from click.testing import CliRunner
 
 from mimco_deploy.cli import main
-from mimco_deploy.errors import IndexStoreError, MimcoError
-from mimco_deploy.serving.guarded import DecodePool, VanishedError
+from mimco_deploy.errors import ImageProblem, IndexStoreError, MimcoError
+from mimco_deploy.serving.guarded import NEVER_OPENED, Content, DecodePool, RefusedError, VanishedError
 from mimco_deploy.serving.index import ImageIndex
 from mimco_deploy.serving.update import update_index
 from tests.helpers import CountingEncoder, gallery, save, tiny_bundle
@@ -123,6 +123,30 @@ def test_a_rebuild_does_not_take_the_place_of_what_it_cannot_read(
         assert (opened.files(), opened.fingerprint) == (paths, "f" * 64)
     shutil.rmtree(photos / "closed")
     assert update_index(index, [], other, rebuild=True).counts.files == 3, "gone for sure"
+
+
+@pytest.mark.parametrize("problem", ["timeout", "crashed"])
+def test_a_rebuild_whose_limits_are_too_tight_for_a_picture_replaces_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: ImageProblem
+) -> None:
+    index, paths = tmp_path / "index", gallery(tmp_path / "photos", 3)
+    update_index(index, [tmp_path / "photos"], CountingEncoder())
+    save(tmp_path / "photos/new.png", 9)  # nothing is lost with this one
+    other, read = CountingEncoder(1, "0" * 64), DecodePool.read
+
+    def give_up(pool: DecodePool, path: Path, *more: Any) -> Content:
+        if path.name in ("0001.png", "new.png"):
+            raise RefusedError(problem, f"{path} was given up", NEVER_OPENED)
+        return read(pool, path, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DecodePool, "read", give_up)
+        for _ in range(2):
+            with pytest.raises(IndexStoreError, match=r"0001.png was given up, and .* would lose 1 such files"):
+                update_index(index, [], other, rebuild=True)
+        assert ImageIndex.open(index, "f" * 64).files() == paths
+    report = update_index(index, [], other, rebuild=True)
+    assert (report.embedded, report.counts.files, report.problems) == (2, 4, ())
 
 
 def test_a_rebuild_may_leave_out_a_closed_folder_of_which_the_index_holds_nothing(
