@@ -170,13 +170,23 @@ def compare(known: Mapping[str, tuple[int, int]], found: Scan) -> Changes:
         else:
             (changes.new if stamp is None else changes.changed).append(FileStat(path, Stamp(size, mtime_ns)))
     changes.kept.update(dict.fromkeys(found.unlisted, 0))
+    # By path, since there may be many; of two entries for one folder the one that hides all below counts.
+    unlisted = {folder.path: folder for folder in sorted(found.unlisted, key=lambda one: not one.files_only)}
     for path in sorted(missing):
-        hidden_by = next((folder for folder in found.unlisted if folder.hides(path)), None)
+        above = (unlisted.get(parent) for parent in _parents(path))
+        hidden_by = next((folder for folder in above if folder is not None and folder.hides(path)), None)
         if hidden_by is None:
             changes.gone.append(path)
         else:
             changes.kept[hidden_by] += 1
     return changes
+
+
+def _parents(path: str) -> Iterator[str]:
+    """The folders that a relative path lies in, the nearest first; the root, empty, is the last."""
+    while path:
+        path = path.rpartition("/")[0]
+        yield path
 
 
 def readable(path: str | Path) -> str:

@@ -157,6 +157,28 @@ def test_a_folder_that_cannot_be_entered_hides_no_file_of_a_folder_in_it(path: s
     assert (changes.kept, changes.gone) == ({folder: 1}, names[1:])
 
 
+def test_a_folder_that_failed_while_it_was_listed_hides_all_below() -> None:
+    partly, wholly = (Unlisted("shut", "Input/output error", files_only=only) for only in (True, False))
+    changes = compare({"shut/a/b.png": Stamp(1, 1)}, Scan([], [partly, wholly]))
+    assert (changes.kept, changes.gone) == ({partly: 0, wholly: 1}, [])
+
+
+def test_many_closed_folders_are_not_gone_through_for_each_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    hides = Unlisted.hides
+
+    def counted(folder: Unlisted, path: str) -> bool:
+        asked.append(path)
+        return hides(folder, path)
+
+    monkeypatch.setattr(Unlisted, "hides", counted)
+    closed = [Unlisted(f"shut/{number}", "Permission denied") for number in range(50)]
+    known = [f"shut/{number}/deep/{name}.png" for number in range(50) for name in "ab"]
+    changes = compare(dict.fromkeys(known, Stamp(1, 1)), Scan([], closed))
+    assert changes.kept == dict.fromkeys(closed, 2)
+    assert len(asked) == len(known)
+
+
 def test_a_folder_that_cannot_be_read_and_of_which_nothing_is_known_is_told_too() -> None:
     closed = Unlisted("shut", "Permission denied")
     assert compare({}, Scan([], [closed])).kept == {closed: 0}
