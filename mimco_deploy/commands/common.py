@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 Folder = click.Path(path_type=Path, file_okay=False)
+IndexedFolder = click.Path(path_type=Path, file_okay=False, readable=False)
+"""One that cannot be read is told of in words of ours, if it has to be read at all."""
 AnyPath = click.Path(path_type=Path)
 IS_MAIN_PROCESS = os.environ.get("RANK", "0") == "0"
 """False in the processes that torchrun starts beside the first."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mimco_deploy.commands.common import FiniteRange, Folder, json_option, print_json, printable
+from mimco_deploy.commands.common import FiniteRange, Folder, IndexedFolder, json_option, print_json, printable
 from mimco_deploy.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ _min_score_option = click.option(
 
 @click.command()
 @_min_score_option
-@click.option("--root", type=Folder, help="Only below this folder.  [default: all that is indexed]")
+@click.option("--root", type=IndexedFolder, help="Only below this folder.  [default: all that is indexed]")
 @click.option(
     "--keep",
     type=click.Choice(["largest", "oldest", "first"]),
@@ -81,8 +81,8 @@ def dupes(
 
 
 @click.command()
-@click.argument("a", type=Folder)
-@click.argument("b", type=Folder)
+@click.argument("a", type=IndexedFolder)
+@click.argument("b", type=IndexedFolder)
 @_min_score_option
 @click.option("--fail", is_flag=True, help="Exit with 1 where a picture of A is in B.")
 @json_option

@@ -12,8 +12,8 @@ import click
 
 from mimco_deploy.commands.common import (
     FiniteRange,
-    Folder,
     FunctionT,
+    IndexedFolder,
     encoder_path,
     file_timeout_option,
     json_option,
@@ -97,7 +97,7 @@ def _reindex_options(function: FunctionT) -> FunctionT:
 
 
 @index.command()
-@click.argument("folders", nargs=-1, type=Folder)
+@click.argument("folders", nargs=-1, type=IndexedFolder)
 @click.option("--root", "moves", type=_Move(), multiple=True, help="An indexed folder lies elsewhere now; repeatable.")
 @click.option("--retry-problems", is_flag=True, help="Read files again that were no pictures, although unchanged.")
 @_update_options
@@ -122,7 +122,7 @@ def update(
 
 
 @index.command()
-@click.argument("folders", nargs=-1, type=Folder)
+@click.argument("folders", nargs=-1, type=IndexedFolder)
 @_reindex_options
 @click.pass_obj
 def reindex(workspace: Workspace, /, folders: tuple[Path, ...], **options: Any) -> None:
@@ -192,7 +192,7 @@ def _update(
 
 
 @index.command()
-@click.argument("folders", nargs=-1, required=True, type=Folder)
+@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path, readable=False))
 @json_option
 @click.pass_obj
 def forget(workspace: Workspace, /, folders: tuple[Path, ...], as_json: bool) -> None:

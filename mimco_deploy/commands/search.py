@@ -22,6 +22,7 @@ from mimco_deploy.commands.common import (
     FiniteRange,
     Folder,
     FunctionT,
+    IndexedFolder,
     json_option,
     load_encoder,
     new_page,
@@ -110,7 +111,7 @@ def _query_options(function: FunctionT) -> FunctionT:
         click.option("-k", type=click.IntRange(min=1), default=10, show_default=True, help="Number of hits."),
         click.option("--min-score", type=FiniteRange(-1, 1), default=-1.0, help="Least score of a hit."),
         click.option("--min-confidence", type=FiniteRange(0, 1), default=0.0, help="Least confidence of a hit."),
-        click.option("--root", type=Folder, help="Only pictures in this folder or below."),
+        click.option("--root", type=IndexedFolder, help="Only pictures in this folder or below."),
         click.option("--where", multiple=True, metavar="SQL", help="Only pictures for which this holds; repeatable."),
         click.option("--table", type=AnyPath, help="CSV or Parquet whose columns --where may name."),
     ]

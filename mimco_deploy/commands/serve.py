@@ -11,7 +11,7 @@ import click
 from mimco_deploy.commands.common import (
     AnyPath,
     FiniteRange,
-    Folder,
+    IndexedFolder,
     encoder_path,
     extra,
     file_timeout_option,
@@ -77,7 +77,7 @@ def serve(
 
 
 @click.command()
-@click.argument("folders", nargs=-1, type=Folder)
+@click.argument("folders", nargs=-1, type=IndexedFolder)
 @click.option("--settle", type=FiniteRange(0.1, 3600), default=2.0, show_default=True, metavar="SECONDS",
               help="Without a change before it is indexed.")  # fmt: skip
 @runtime_options

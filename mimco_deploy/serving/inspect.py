@@ -15,6 +15,7 @@ from mimco_deploy.errors import IndexStoreError
 from mimco_deploy.serving.background import background_of, references_of
 from mimco_deploy.serving.catalog import Catalog, Counts
 from mimco_deploy.serving.generations import Generation, current_generation, has_index
+from mimco_deploy.serving.scan import can_be_walked
 from mimco_deploy.serving.tuning import Budget, Tuning, budget_of, damage, tuning_of
 from mimco_deploy.serving.vectors import crc32s as crc32s_of
 from mimco_deploy.serving.vectors import read_vectors
@@ -92,7 +93,12 @@ def status_of(index: Path) -> IndexStatus:
 def _status(index: Path, generation: Generation) -> IndexStatus:
     with Catalog(generation.catalog) as catalog, catalog.snapshot():
         roots = tuple(
-            RootStatus(root.path, root.path.is_dir(), len(catalog.file_stamps(root)), len(catalog.problem_stamps(root)))
+            RootStatus(
+                root.path,
+                can_be_walked(root.path),
+                len(catalog.file_stamps(root)),
+                len(catalog.problem_stamps(root)),
+            )
             for root in catalog.roots()
         )
         size = sum(path.stat().st_size for path in generation.path.iterdir() if path.is_file())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import shutil
 import sqlite3
 from pathlib import Path
 
@@ -54,6 +56,36 @@ def test_status_counts_folder_by_folder(workspace: Path, tmp_path: Path) -> None
     )
     (tmp_path / "more").rename(tmp_path / "gone")
     assert [root.reachable for root in status_of(workspace / "index").roots] == [False, True]
+
+
+@pytest.mark.parametrize("closed", ["more", "above"])
+def test_a_folder_that_cannot_be_read_is_told_and_can_be_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, closed: str
+) -> None:
+    more, bundle = tmp_path / "above/more", str(tiny_bundle(tmp_path / "encoder"))
+    gallery(more, 3)
+    update_index(tmp_path / "ws/index", [more], CountingEncoder())
+    access, is_dir = os.access, Path.is_dir
+
+    def may_enter(path: Path) -> bool:
+        if closed in path.parent.parts:
+            raise PermissionError(13, "Permission denied")
+        return is_dir(path)
+
+    monkeypatch.setattr(os, "access", lambda path, mode: closed not in Path(path).parts and access(path, mode))
+    monkeypatch.setattr(Path, "is_dir", may_enter)  # root may enter everywhere
+    assert "cannot be reached" in run(tmp_path / "ws", "status").stdout
+    (root,) = status_of(tmp_path / "ws/index").roots
+    assert root == RootStatus(more, reachable=False, files=3, problems=0)
+    if closed == "more":
+        assert run(tmp_path / "ws", str(more), "--encoder", bundle).exit_code == 0
+    assert run(tmp_path / "ws", "forget", str(more)).output == "3 pictures dropped from the index\n"
+
+
+def test_a_folder_whose_place_a_file_has_can_be_forgotten(workspace: Path, tmp_path: Path) -> None:
+    shutil.rmtree(tmp_path / "more")
+    (tmp_path / "more").write_text("no folder")
+    assert run(workspace, "forget", str(tmp_path / "more")).output == "3 pictures dropped from the index\n"
 
 
 def test_a_sound_index_has_nothing_wrong(workspace: Path) -> None:
