@@ -82,7 +82,8 @@ class Salvage:
             new_rows: [N], new number of each row; −1 where it is left out, with its files.
 
         Returns:
-            How many files were left out with their rows.
+            How many files were lost, as far as that can be told: left out with their rows or folders, or counted by a
+            content and not there.
         """
         create_catalog(path, self._fingerprint, self.embedding_dim)
         left_out = 0
@@ -113,17 +114,21 @@ class Salvage:
             new.execute("PRAGMA foreign_keys = OFF")  # what names a lost row is taken out below
             new.execute("BEGIN")
             new.executemany("INSERT OR REPLACE INTO settings VALUES (?, ?)", kept)
-            new.executemany(
-                "INSERT OR IGNORE INTO roots VALUES (?, ?)", self._rows("id, path", "roots", ("id",), (int, bytes))
-            )
+            for key in ("id", "path"):  # what a damaged page of the table lacks may stand in the index of paths
+                roots = self._rows("id, path", "roots", (key,), (int, bytes))
+                new.executemany("INSERT OR IGNORE INTO roots VALUES (?, ?)", roots)
             new.executemany(f"INSERT OR IGNORE INTO contents (row, {CONTENT}) VALUES (?, ?, ?, ?, ?, ?, ?)", contents)
             new.executemany("INSERT OR IGNORE INTO files VALUES (?, ?, ?, ?, ?, ?, ?)", files())
             new.executemany("INSERT OR IGNORE INTO problems VALUES (?, ?, ?, ?, ?, ?)", problems)
-            for table in ("files", "problems"):
-                new.execute(f"DELETE FROM {table} WHERE root_id NOT IN (SELECT id FROM roots)")
+            new.execute("DELETE FROM problems WHERE root_id NOT IN (SELECT id FROM roots)")
+            astray = new.execute("DELETE FROM files WHERE root_id NOT IN (SELECT id FROM roots)").rowcount
             left_out += new.execute("DELETE FROM files WHERE row NOT IN (SELECT row FROM contents)").rowcount
+            files_kept = int(new.execute("SELECT count(*) FROM files").fetchone()[0])
             new.execute("COMMIT")
-        return left_out
+        if astray:
+            logger.warning("the folders of %d pictures are lost: name them again, mimco index DIR", astray)
+        counted: dict[int, int] = dict(self._rows("row, files", "contents", ("row",), (int, int)))
+        return max(left_out + astray, sum(counted.values()) - files_kept)
 
     def _contents(self) -> Iterator[tuple[Any, ...]]:
         types = (int, bytes, int, int | None, int | None, str | None, str | None)

@@ -427,6 +427,7 @@ def test_a_damaged_page_of_the_catalogue_costs_what_stood_on_it(
     assert verify(index) == []
     files = set(ImageIndex.open(index).files())
     assert report.files == len(files)
+    assert report.lost_files == COUNT + 50 - report.files
     assert files <= set(ImageIndex.open(whole / "index").files())
     update(index)
     check_that_it_is_whole(index, whole)
@@ -460,17 +461,35 @@ def test_most_of_a_catalogue_outlives_a_damaged_page(index: Path) -> None:
     assert report.files == COUNT + 50 - report.lost_files
 
 
-@pytest.mark.parametrize("which", ["settings", "roots", "sqlite_schema"])
-def test_what_names_the_folders_and_the_encoder_cannot_be_done_without(index: Path, whole: Path, which: str) -> None:
+@pytest.mark.parametrize("which", ["settings", "sqlite_schema"])
+def test_what_names_the_tables_and_the_encoder_cannot_be_done_without(index: Path, which: str) -> None:
     catalog = current_generation(index).catalog
     damage_page(catalog, pages_of(catalog)[which][0], "zeros")
     before = contents(index)
-    try:
+    with pytest.raises(IndexStoreError):
         repair(index)
-    except IndexStoreError:
-        assert contents(index) == before
-        return
-    # The folders are lost: what is left is sound, and naming them again makes it whole.
+    assert contents(index) == before
+
+
+@pytest.mark.parametrize("how", ["zeros", "noise", "header", "cells"])
+@pytest.mark.parametrize("which", ["roots", "sqlite_autoindex_roots_1"])
+def test_folders_stand_in_the_table_and_in_its_index(index: Path, whole: Path, which: str, how: str) -> None:
+    catalog = current_generation(index).catalog
+    damage_page(catalog, pages_of(catalog)[which][0], how)
+    assert repair(index).lost_files == 0
+    check_that_it_is_whole(index, whole)
+
+
+def test_where_both_are_lost_it_says_so_and_naming_the_folders_again_mends(
+    index: Path, whole: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    catalog = current_generation(index).catalog
+    pages = pages_of(catalog)
+    for which in ("roots", "sqlite_autoindex_roots_1"):
+        damage_page(catalog, pages[which][0], "zeros")
+    report = repair(index)
+    assert (report.files, report.lost_files) == (0, COUNT + 50)
+    assert f"the folders of {COUNT + 50} pictures are lost: name them again, mimco index DIR" in caplog.messages
     assert verify(index) == []
     update_index(index, [whole / "photos", whole / "more"], CountingEncoder())
     check_that_it_is_whole(index, whole)
