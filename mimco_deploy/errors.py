@@ -18,7 +18,7 @@ and exits with 1; anything that is not a `MimcoError` is a defect of mimco and k
     ├── EngineError            a TensorRT engine that is stale, foreign, broken or cannot be built
     ├── ProviderError          a device or runtime that was asked for and does not run
     ├── IndexStoreError        an index that is missing, broken or held by another writer
-    │   └── IndexBusyError     an index that cannot be read or written for now
+    │   └── IndexBusyError     an index that cannot be read or written for now, or needs a newer mimco
     ├── EncoderMismatchError   an index made by another encoder
     ├── EvaluationError        pictures, labels or a ground truth that cannot be measured with
     ├── MoveError              pictures that cannot be moved out of the way, or back
@@ -145,7 +145,7 @@ class IndexStoreError(MimcoError):
 
 
 class IndexBusyError(IndexStoreError):
-    """An index that is sound, as far as is known, and cannot be read or written for now."""
+    """An index that is sound, as far as is known, and cannot be read or written for now, or by this mimco."""
 
 
 class EncoderMismatchError(MimcoError):

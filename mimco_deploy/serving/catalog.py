@@ -39,7 +39,7 @@ import numpy.typing as npt
 from mimco_deploy.errors import IndexBusyError, IndexStoreError
 from mimco_deploy.images import Facts
 from mimco_deploy.serving.scan import Stamp
-from mimco_deploy.serving.schema import FORMAT_VERSION, READABLE, SCHEMA, parts_of, upgrade
+from mimco_deploy.serving.schema import FORMAT_VERSION, READABLE, SCHEMA, other_format, parts_of, upgrade
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +152,8 @@ class Catalog:
             temporary files, gone with the connection, and what is written into it is lost.
 
     Raises:
-        IndexStoreError: missing, not a catalogue, or of another format.
+        IndexBusyError: locked for long, or of a newer format.
+        IndexStoreError: missing, not a catalogue, or of a format that is not read any more.
     """
 
     def __init__(self, path: Path, *, private: bool = False) -> None:
@@ -162,11 +163,7 @@ class Catalog:
         try:
             with self.snapshot():
                 if (version := self._setting("format_version")) not in READABLE:
-                    raise IndexStoreError(
-                        f"{path} has format version {version}",
-                        expected=str(FORMAT_VERSION),
-                        command="mimco index reindex DIR",
-                    )
+                    raise other_format(path, version, FORMAT_VERSION)
                 self.fingerprint = self._setting("fingerprint")
                 self.embedding_dim = self._number("embedding_dim")
                 if not 0 < self.embedding_dim < 2**16:
@@ -510,8 +507,8 @@ def connect(path: Path, mode: str) -> sqlite3.Connection:
 
 
 @contextlib.contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """Turn what SQLite raises in the block into IndexStoreError, with the next command."""
+def explained(path: Path, command: str = "mimco index repair") -> Iterator[None]:
+    """Turn what SQLite raises in the block into IndexStoreError, with the next command: `command` if it is broken."""
     try:
         yield
     except sqlite3.Error as error:
@@ -523,4 +520,4 @@ def explained(path: Path) -> Iterator[None]:
         if code & 0xFF in _PASSING or (code & 0xFF == sqlite3.SQLITE_CANTOPEN and path.exists()):
             expected = "room on the disk, the right to write and no other writer"
             raise IndexBusyError(f"{path}: {error}", expected=expected, command="mimco index") from error
-        raise IndexStoreError(f"{path}: {error}", expected="a catalogue", command="mimco index reindex DIR") from error
+        raise IndexStoreError(f"{path}: {error}", expected="a catalogue", command=command) from error

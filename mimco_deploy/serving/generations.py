@@ -28,6 +28,7 @@ from mimco_deploy.atomic import sync_dir, write_bytes
 from mimco_deploy.errors import EncoderMismatchError, IndexBusyError, IndexStoreError
 from mimco_deploy.serving.catalog import BUDGET, Catalog, create_catalog
 from mimco_deploy.serving.salvage import Salvage
+from mimco_deploy.serving.schema import other_format
 from mimco_deploy.serving.vectors import create_vectors, read_vectors
 
 FORMAT_VERSION = 1
@@ -69,6 +70,7 @@ def current_generation(index: Path) -> Generation:
     """Find the generation to read.
 
     Raises:
+        IndexBusyError: its pointer is of a newer format.
         IndexStoreError: there is no index, or its pointer cannot be read.
     """
     pointer = index / POINTER_FILE
@@ -78,11 +80,9 @@ def current_generation(index: Path) -> Generation:
         document = json.loads(pointer.read_text(encoding="utf-8"))
         version, number = document["format_version"], int(document["generation"])
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise IndexStoreError(f"{pointer} cannot be read ({error!r})", command="mimco index reindex DIR") from error
+        raise IndexStoreError(f"{pointer} cannot be read ({error!r})", command="mimco index repair") from error
     if version != FORMAT_VERSION:
-        raise IndexStoreError(
-            f"{pointer} has format version {version}", expected=str(FORMAT_VERSION), command="mimco index reindex DIR"
-        )
+        raise other_format(pointer, version, FORMAT_VERSION)
     return _generation(index, number)
 
 
@@ -199,15 +199,19 @@ def promote(index: Path, staged: Generation) -> Generation:
 
 
 def newest_generation(index: Path) -> Generation | None:
-    """The current generation or, where the pointer is lost, the one that holds most; None where none can be read."""
-    with contextlib.suppress(IndexStoreError):
+    """The current generation or, where the pointer is lost, the one that holds most; None where none can be read.
+
+    Raises:
+        IndexBusyError: one of them is held for now, or of a newer format.
+    """
+    with _if_readable():
         current = current_generation(index)
         if current.path.is_dir():
             return current
     held: list[tuple[int, int, Generation]] = []
     for folder in index.iterdir():
         if folder.name.isdecimal():
-            with contextlib.suppress(IndexStoreError), Salvage(folder / CATALOG_FILE) as salvage:
+            with _if_readable(), Salvage(folder / CATALOG_FILE) as salvage:
                 held.append((sum(1 for _ in salvage.crc32s()), int(folder.name), Generation(folder)))
     return max(held)[2] if held else None
 
@@ -328,7 +332,7 @@ def _was_begun_for(generation: Generation, fingerprint: str, dim: int) -> bool:
 
 @contextlib.contextmanager
 def _if_readable() -> Iterator[None]:
-    """Leave off where an index is broken or not there. One that is held for now is neither."""
+    """Leave off where an index is broken or not there. One that is held for now, or of a newer format, is neither."""
     try:
         yield
     except IndexBusyError:

@@ -23,10 +23,11 @@ from mimco_deploy.serving.catalog import (
     create_catalog,
     explained,
 )
-from mimco_deploy.serving.schema import FORMAT_VERSION, READABLE, parts_of
+from mimco_deploy.serving.schema import FORMAT_VERSION, READABLE, other_format, parts_of
 
 logger = logging.getLogger(__name__)
 
+_AGAIN = "mimco index reindex DIR"
 _KEPT = {BUDGET, MADE_BY}
 """Settings that outlive a rewrite of the index: all but what is derived from its rows."""
 
@@ -44,20 +45,20 @@ class Salvage:
     """
 
     def __init__(self, path: Path) -> None:
-        with explained(path):
+        with explained(path, _AGAIN):
             self._db = connect(path, "rw")
         self._db.text_factory = lambda text: text.decode("utf-8", "replace")
         try:
-            with explained(path):
+            with explained(path, _AGAIN):
                 self._settings = dict(self._db.execute("SELECT key, value FROM settings"))
             version = self._settings.get("format_version")
             if version not in READABLE:
-                raise IndexStoreError(f"{path} has format version {version}", expected=str(FORMAT_VERSION))
+                raise other_format(path, version, FORMAT_VERSION)
             self.embedding_dim = int(self._settings["embedding_dim"])
             self._fingerprint = self._settings["fingerprint"]
         except (KeyError, ValueError) as error:
             self._db.close()
-            raise IndexStoreError(f"{path} lacks settings ({error})", expected="a catalogue") from error
+            raise IndexStoreError(f"{path} lacks settings ({error})", expected="a catalogue", command=_AGAIN) from error
         except BaseException:
             self._db.close()
             raise

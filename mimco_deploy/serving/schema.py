@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import logging
 import sqlite3
+from pathlib import Path
+
+from mimco_deploy.errors import IndexBusyError, IndexStoreError
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +63,14 @@ CREATE TABLE problems (
     PRIMARY KEY (root_id, path)
 ) WITHOUT ROWID;
 """
+
+
+def other_format(path: Path, found: object, expected: int) -> IndexStoreError:
+    """What is wrong with a file of another format. A newer one is sound, and nothing may take its place."""
+    said = f"{path} has format version {found}"
+    if str(found).isdecimal() and int(str(found)) > expected:
+        return IndexBusyError(said, expected=f"{expected}, or a newer mimco")
+    return IndexStoreError(said, expected=str(expected), command="mimco index reindex DIR")
 
 
 def parts_of(path: bytes) -> tuple[int, str]:

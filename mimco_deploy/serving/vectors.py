@@ -154,7 +154,7 @@ class VectorWriter:
 
 
 def _check(path: Path, dim: int, count: int) -> None:
-    again = "mimco index reindex"
+    again = "mimco index repair"
     try:
         with path.open("rb") as file:
             head = file.read(_HEADER.size)
@@ -165,7 +165,7 @@ def _check(path: Path, dim: int, count: int) -> None:
         raise IndexStoreError(f"{path} is not a store of embeddings", command=again)
     _, version, stated = _HEADER.unpack(head)
     if version != FORMAT_VERSION:
-        raise IndexStoreError(f"{path} has format version {version}", expected=str(FORMAT_VERSION), command=again)
+        raise IndexStoreError(f"{path} has format version {version}", expected=f"{FORMAT_VERSION}, or a newer mimco")
     if stated != dim:
         raise IndexStoreError(f"{path} holds embeddings of {stated} numbers", expected=str(dim), command=again)
     rows = (size - _HEADER.size) // (dim * _ITEM.itemsize)

@@ -252,9 +252,9 @@ def test_a_broken_pointer_is_refused_and_a_rebuild_mends_it(tmp_path: Path, cont
     gallery(tmp_path / "a", 3)
     grow(tmp_path, CountingEncoder(), tmp_path / "a")
     (tmp_path / "index" / "index.json").write_bytes(content)
-    with pytest.raises(IndexStoreError, match=r"index.json cannot be read .*; run: mimco index reindex DIR"):
+    with pytest.raises(IndexStoreError, match=r"index.json cannot be read .*; run: mimco index repair"):
         ImageIndex.open(tmp_path / "index")
-    with pytest.raises(IndexStoreError, match="run: mimco index reindex DIR"):
+    with pytest.raises(IndexStoreError, match="run: mimco index repair"):
         grow(tmp_path, CountingEncoder(), rebuild=True)
     assert grow(tmp_path, CountingEncoder(), tmp_path / "a", rebuild=True).counts.files == 3
     assert folders(tmp_path / "index") == ["000002"]
@@ -277,6 +277,32 @@ def test_an_index_of_another_format_is_refused(tmp_path: Path) -> None:
         ImageIndex.open(tmp_path / "index")
 
 
+@pytest.mark.parametrize("newer", ["index.json", "catalog.sqlite", "catalog.sqlite, without index.json"])
+def test_an_index_of_a_newer_format_is_left_as_it_is(tmp_path: Path, newer: str) -> None:
+    gallery(tmp_path / "a", 2)
+    index = tmp_path / "index"
+    grow(tmp_path, CountingEncoder(), tmp_path / "a")
+    if newer == "index.json":
+        (index / newer).write_text(json.dumps({"format_version": 2, "generation": 1}))
+    else:
+        connection = sqlite3.connect(current_generation(index).catalog)
+        connection.execute("UPDATE settings SET value = '4' WHERE key = 'format_version'")
+        connection.commit()
+        connection.close()
+        if newer.endswith("without index.json"):
+            (index / "index.json").unlink()
+    before = {path: path.read_bytes() for path in index.rglob("*") if path.is_file()}
+    attempts: list[Callable[[], object]] = [
+        lambda: grow(tmp_path, CountingEncoder(), tmp_path / "a"),
+        lambda: grow(tmp_path, CountingEncoder(), tmp_path / "a", rebuild=True),
+        lambda: repair(index),
+    ]
+    for attempt in attempts:
+        with pytest.raises(IndexBusyError, match=r"has format version [24]; expected [13], or a newer mimco$"):
+            attempt()
+    assert {path: path.read_bytes() for path in before} == before
+
+
 @pytest.mark.parametrize("content", [b"", b"no database" * 500, None])
 def test_a_broken_catalogue_is_refused_with_the_way_out(tmp_path: Path, content: bytes | None) -> None:
     gallery(tmp_path / "a", 2)
@@ -284,10 +310,12 @@ def test_a_broken_catalogue_is_refused_with_the_way_out(tmp_path: Path, content:
     catalog = current_generation(tmp_path / "index").catalog
     catalog.unlink() if content is None else catalog.write_bytes(content)
     for _ in range(2):
-        with pytest.raises(IndexStoreError, match=r"catalog.sqlite.*run: mimco index reindex DIR"):
+        with pytest.raises(IndexStoreError, match=r"catalog.sqlite.*run: mimco index repair"):
             ImageIndex.open(tmp_path / "index")
-    with pytest.raises(IndexStoreError, match="run: mimco index reindex DIR"):
+    with pytest.raises(IndexStoreError, match="run: mimco index repair"):
         grow(tmp_path, CountingEncoder())
+    with pytest.raises(IndexStoreError, match=r"catalog.sqlite.*run: mimco index reindex DIR"):
+        repair(tmp_path / "index")
     assert grow(tmp_path, CountingEncoder(), tmp_path / "a", rebuild=True).counts.files == 2
 
 
@@ -297,7 +325,7 @@ def test_vectors_shorter_than_the_catalogue_counts_are_refused(tmp_path: Path) -
     vectors = current_generation(tmp_path / "index").vectors
     os.truncate(vectors, vectors.stat().st_size - 5)
     for attempt in (lambda: ImageIndex.open(tmp_path / "index"), lambda: grow(tmp_path, CountingEncoder())):
-        with pytest.raises(IndexStoreError, match="holds 2 embeddings; expected the 3 that are counted"):
+        with pytest.raises(IndexStoreError, match=r"holds 2 embeddings; expected the 3 .*; run: mimco index repair"):
             attempt()
     assert grow(tmp_path, CountingEncoder(), rebuild=True).counts.files == 3
 
