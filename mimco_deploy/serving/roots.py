@@ -12,7 +12,7 @@ from mimco_deploy.errors import IndexBusyError, IndexStoreError
 from mimco_deploy.serving.catalog import Catalog, Root
 from mimco_deploy.serving.generations import Generation, current_generation, has_index, writer_lock
 from mimco_deploy.serving.inspect import read_current
-from mimco_deploy.serving.scan import readable
+from mimco_deploy.serving.scan import can_be_walked, readable
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,8 @@ def roots_to_keep(index: Path, *, may_be_broken: bool) -> list[Path]:
     if not has_index(index):
         return []
     try:
-        with Catalog(current_generation(index).catalog) as catalog, catalog.snapshot():
+        with Catalog(current_generation(index).catalog) as catalog, catalog.transaction():
+            follow_links(catalog)
             recorded = [(root.path, len(catalog.file_stamps(root))) for root in catalog.roots()]
     except IndexStoreError as error:
         if isinstance(error, IndexBusyError) or not may_be_broken:
@@ -62,6 +63,15 @@ def roots_to_keep(index: Path, *, may_be_broken: bool) -> list[Path]:
                 command=f"mimco index forget {shlex.quote(readable(root))}",
             )
     return [root for root, _ in recorded]
+
+
+def follow_links(catalog: Catalog) -> None:
+    """Record where folders lie now that moved and left a link behind: by either path they are one folder."""
+    for root in catalog.roots():
+        real = _real(root.path)
+        others = [other.path for other in catalog.roots() if other != root]
+        if real != root.path and can_be_walked(real) and not any(_overlap(real, other) for other in others):
+            catalog.move_root(root, real)
 
 
 def record_roots(catalog: Catalog, folders: Sequence[Path]) -> list[Root]:
@@ -84,6 +94,10 @@ def _reaches(outer: Path, inner: Path) -> bool:
     if not inner.is_relative_to(outer):
         return False
     return not any(part.startswith(".") for part in inner.relative_to(outer).parts)
+
+
+def _overlap(one: Path, other: Path) -> bool:
+    return _reaches(one, other) or _reaches(other, one)
 
 
 def split_move(index: Path, text: str) -> tuple[Path, Path]:
@@ -159,7 +173,7 @@ def move_roots(index: Path, moves: Sequence[tuple[Path, Path]]) -> int:
         places = {root: moved.get(root, root.path) for root in recorded}
         for root, path in moved.items():
             for other, place in places.items():
-                if other != root and (_reaches(path, place) or _reaches(place, path)):
+                if other != root and _overlap(path, place):
                     raise IndexStoreError(f"{readable(path)} overlaps the indexed folder {readable(place)}")
         for root in moved:  # to where no folder lies, as one may take the place of another
             catalog.move_root(root, Path(str(root.id)))

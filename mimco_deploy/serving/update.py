@@ -38,7 +38,7 @@ from mimco_deploy.serving.generations import (
 from mimco_deploy.serving.guarded import DecodePool, Limits
 from mimco_deploy.serving.pictures import Job, Outcome, Picture, Refused, Vanished, read_pictures
 from mimco_deploy.serving.rebuild import GIVEN_UP, refuse_to_lose
-from mimco_deploy.serving.roots import existing_folder, record_roots, roots_to_keep
+from mimco_deploy.serving.roots import existing_folder, follow_links, record_roots, roots_to_keep
 from mimco_deploy.serving.scan import Stamp, Unlisted, compare, scan_root
 from mimco_deploy.serving.tuning import keep_tuned_or_warn
 from mimco_deploy.serving.vectors import VectorWriter, crc32s
@@ -214,6 +214,7 @@ class _Update:
     def run(self, folders: Sequence[Path], *, everything: bool) -> UpdateReport:
         with self._catalog.transaction():
             self._sign()
+            follow_links(self._catalog)
             touched = record_roots(self._catalog, folders)
             roots = self._catalog.roots() if everything else touched
         jobs = [job for root in roots for job in self._compare(root)]

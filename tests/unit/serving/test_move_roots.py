@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -158,6 +159,27 @@ def test_a_link_that_was_left_at_the_old_place_is_no_hindrance(place: Place, mon
     assert move_roots(place.index, [(place.old / "2024", place.folder / "new")]) == 1
     assert place.folder / "new" in place.opened().roots()
     check_that_nothing_is_read(place, monkeypatch)
+
+
+@pytest.mark.parametrize("rebuild", [False, True])
+@pytest.mark.parametrize("named", ["old", "new", "above", "none"])
+def test_a_folder_that_left_a_link_behind_is_not_indexed_twice(place: Place, named: str, rebuild: bool) -> None:
+    new = place.folder / "disks/new"
+    new.parent.mkdir()
+    (place.old / "2024").rename(new)
+    (place.old / "2024").symlink_to(new)
+    folders = {"old": [place.old / "2024"], "new": [new], "above": [new.parent], "none": []}[named]
+    report = update_index(place.index, folders, CountingEncoder(), rebuild=rebuild)
+    assert (report.added, report.removed, report.counts.files) == (10 if rebuild else 0, 0, 10)
+    recorded = new.parent if named == "above" else new
+    assert place.opened().roots() == sorted({*place.roots, recorded} - {place.old / "2024"})
+
+
+def test_a_link_to_another_indexed_folder_stays_one_of_its_own(place: Place) -> None:
+    shutil.rmtree(place.old / "2024")
+    (place.old / "2024").symlink_to(place.folder / "other")
+    update_index(place.index, [], CountingEncoder())
+    assert place.opened().roots() == sorted(place.roots)
 
 
 def test_relative_names_are_those_of_the_current_folder(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

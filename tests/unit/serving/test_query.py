@@ -10,7 +10,7 @@ from PIL import Image
 
 from mimco_deploy.errors import BundleError, ConfigError, ImageError
 from mimco_deploy.serving import Filter, ImageIndex, Part, search_image, update_index
-from mimco_deploy.serving.background import background_of, in_words, keep_background
+from mimco_deploy.serving.background import background_of, in_words
 from mimco_deploy.serving.catalog import Catalog
 from mimco_deploy.serving.generations import current_generation
 from mimco_deploy.serving.query import query_embedding, query_pixels
