@@ -7,11 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import logging
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+from mimco_deploy.errors import MimcoError
+
+logger = logging.getLogger(__name__)
 
 
 def sync_dir(folder: Path) -> None:
@@ -81,20 +87,50 @@ def copy_new(source: Path, target: Path) -> None:
 
 
 @contextlib.contextmanager
+def only_writer(target: Path, refusal: MimcoError) -> Iterator[None]:
+    """Be the only process that writes `target` while the block runs, by a lock on `.<target>.lock` beside it.
+
+    The lock is POSIX's and not flock's: children that are forked meanwhile do not inherit it, so that it falls with
+    this process, however that ends. Where a file system gives no locks, as some of clusters, the block runs without.
+
+    Args:
+        target: a folder or file; of a link, what it leads to counts.
+        refusal: to raise where another process holds the lock.
+    """
+    target = target.resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    lock = target.with_name(f".{target.name}.lock")
+    with lock.open("ab") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise refusal from None
+        except OSError as error:
+            logger.warning("%s: no locks there (%s); see that nothing else writes it", target, error.strerror)
+        if not os.fstat(file.fileno()).st_nlink:  # its holder removed it just now, and the next one makes another
+            raise refusal
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
 def staged_dir(target: Path) -> Iterator[Path]:
     """Yield an empty folder that takes the place of `target` when the block ends without an error.
 
     A folder cannot be renamed over another, so the old one steps aside first, under the name `<target>.old`; readers
-    find it there by `current_dir` where a crash fell between the two renames. One writer at a time.
+    find it there by `current_dir` where a crash fell between the two renames. One writer at a time: `only_writer`.
 
     Args:
-        target: the folder to create or replace.
+        target: the folder to create or replace; of a link, the one that it leads to.
 
     Yields:
         The staging folder, beside `target`, on the same file system.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
     recover(target)
+    target = target.resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
     staging = target.with_name(f".{target.name}.staging")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
@@ -126,13 +162,15 @@ def current_dir(target: Path) -> Path:
 def recover(target: Path) -> None:
     """Undo a replacement of `target` that a crash interrupted. For the one writer, before it replaces it."""
     aside = _aside(target)
-    if not aside.exists():
-        return
-    if target.exists():
-        shutil.rmtree(aside, ignore_errors=True)
+    if not target.exists():
+        if aside.exists():
+            aside.replace(target.resolve())
+    elif aside.is_symlink():  # an older mimco moved links aside, and not what they lead to
+        aside.unlink()
     else:
-        aside.replace(target)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _aside(target: Path) -> Path:
+    target = target.resolve()
     return target.with_name(f"{target.name}.old")

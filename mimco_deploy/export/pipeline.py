@@ -18,7 +18,7 @@ import numpy.typing as npt
 import onnx
 import torch
 
-from mimco_deploy.atomic import staged_dir
+from mimco_deploy.atomic import only_writer, staged_dir
 from mimco_deploy.bundle import (
     CARD_FILE,
     MODEL_FILES,
@@ -131,24 +131,25 @@ def export_encoder(source: Source, target: Path, options: ExportOptions | None =
 
     Args:
         source: the weights.
-        target: the bundle's folder, or a `.zip` or `.tar` to write.
+        target: the bundle's folder, or a `.zip` or `.tar` to write; of a link, what it leads to.
         options: see there.
 
     Raises:
         ConfigError: the architecture is not of that size, gives no square of patches, or cannot be exported; no
-            pictures to check with.
+            pictures to check with; something else is there, or another process exports there.
         CheckpointError: the embeddings are not finite.
         ParityError: the fp32 graph does not answer as torch does.
     """
     options = options or ExportOptions()
-    target = target.absolute() if target.name not in ("", "..") else target.resolve()
+    target = target.resolve()
     _refuse_what_is_no_bundle(target)
-    if is_archive(target):
+    with only_writer(target, ConfigError(f"another export writes {target}", expected="one at a time")):
+        if not is_archive(target):
+            return _export(source, target, target, options)
         with tempfile.TemporaryDirectory() as folder:
             exported = _export(source, Path(folder) / "encoder", target, options)
             pack(Path(folder) / "encoder", target)
         return exported
-    return _export(source, target, target, options)
 
 
 def _refuse_what_is_no_bundle(target: Path) -> None:
@@ -199,7 +200,7 @@ def _export(source: Source, target: Path, older: Path, options: ExportOptions) -
         defaults = _keep_others(older, staging, spec, artefacts, refused)
         write_parity(staging / PARITY_FILE, artefacts)
         (staging / CARD_FILE).write_text(model_card(spec, source, artefacts), encoding="utf-8")
-        write_contract(staging, spec, defaults)
+        write_contract(staging, spec, defaults, {artefact.precision for artefact in artefacts})
     return Exported(spec, tuple(artefacts), tuple(refused.values()))
 
 

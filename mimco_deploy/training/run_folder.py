@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 from collections.abc import Iterator
 from pathlib import Path
 
+from mimco_deploy import atomic
 from mimco_deploy.errors import CheckpointError
 from mimco_deploy.training.distributed import is_main, wait_for_all
 from mimco_deploy.workspace import set_aside
@@ -19,25 +19,16 @@ logger = logging.getLogger(__name__)
 def only_writer(folder: Path) -> Iterator[None]:
     """Be the only training that writes into `folder` while the block runs; the main process is it for all.
 
-    The lock is POSIX's and not flock's: the loaders that a training forks do not inherit it, so that it falls with the
-    training, however that ends. Where a file system gives no locks, as some of clusters, the run goes on without.
-
     Raises:
         CheckpointError: another process trains there.
     """
     if not is_main():
         yield
         return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_name(f".{folder.name}.lock").open("w", encoding="utf-8") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise CheckpointError(
-                f"another process trains in {folder}", expected="one at a time", command="mimco --workspace DIR train …"
-            ) from None
-        except OSError as error:
-            logger.warning("%s: no locks there (%s); see that nothing else trains in it", folder, error.strerror)
+    refusal = CheckpointError(
+        f"another process trains in {folder}", expected="one at a time", command="mimco --workspace DIR train …"
+    )
+    with atomic.only_writer(folder, refusal):
         yield
 
 

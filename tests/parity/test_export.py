@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from mimco_deploy.bundle import MODEL_FILES, Bundle, read_bundle, write_contract
 from mimco_deploy.cli import main
 from mimco_deploy.errors import BundleError, CheckpointError, ConfigError, MimcoError, ParityError
 from mimco_deploy.export import pipeline, student
-from mimco_deploy.export.parity import Pictures, check_parity, read_parity
+from mimco_deploy.export.parity import Pictures, check_parity, read_parity, write_parity
 from mimco_deploy.export.pipeline import ExportOptions, export_encoder
 from mimco_deploy.export.student import EncoderModule, from_checkpoint, from_model
 from mimco_deploy.export.to_onnx import convert
@@ -167,6 +169,54 @@ def test_an_export_that_fails_its_proof_leaves_the_old_bundle(
     assert (bundle.path / "encoder.json").read_bytes() == before
     assert load_encoder(bundle.path).spec == bundle.spec
     assert sorted(path.name for path in bundle.path.parent.iterdir()) == [bundle.path.name]
+
+
+EXPORTS = """
+import sys
+from pathlib import Path
+from mimco_deploy.atomic import only_writer
+from mimco_deploy.errors import ConfigError
+with only_writer(Path(sys.argv[1]), ConfigError("held")):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("name", ["encoder", "encoder.zip"])
+def test_a_second_export_to_one_place_is_refused(checkpoint: Checkpoint, tmp_path: Path, name: str) -> None:
+    command = [sys.executable, "-c", EXPORTS, str(tmp_path / name)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ConfigError, match=rf"another export writes .*{name}; expected one at a time"):
+            export_encoder(from_checkpoint(checkpoint), tmp_path / name)
+        other.communicate()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_graph_that_was_not_proved_is_not_in_the_contract(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(path: Path, artefacts: list[Any]) -> None:
+        write_parity(path, artefacts)
+        (path.parent / MODEL_FILES["bf16"]).write_bytes(b"of somebody else")
+
+    monkeypatch.setattr(pipeline, "write_parity", write)
+    export_encoder(from_checkpoint(checkpoint), tmp_path / "encoder")
+    assert read_bundle(tmp_path / "encoder").precisions == ("fp32",)
+
+
+@pytest.mark.parametrize("name", ["encoder", "encoder.zip"])
+def test_a_link_as_output_stays_one(checkpoint: Checkpoint, tmp_path: Path, name: str) -> None:
+    link, place = tmp_path / name, tmp_path / "disk" / name
+    place.parent.mkdir()
+    link.symlink_to(place)
+    source = from_checkpoint(checkpoint)
+    for licence in ("first", "second"):
+        export_encoder(source, link, ExportOptions(licence=licence))
+        assert link.readlink() == place
+        assert read_bundle(place).spec.licence == licence
+    assert {path.name for path in (tmp_path, place.parent) for path in path.iterdir()} == {name, "disk"}
 
 
 def test_weights_that_do_not_fit_are_refused_by_name(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -9,7 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from mimco_deploy.atomic import copy_new, recover, staged_dir, temporary_beside, write_bytes
+from mimco_deploy.atomic import (
+    copy_new,
+    current_dir,
+    only_writer,
+    recover,
+    staged_dir,
+    temporary_beside,
+    write_bytes,
+)
+from mimco_deploy.errors import ConfigError
 
 
 def names(folder: Path) -> list[str]:
@@ -205,6 +215,64 @@ def test_replacing_recovers_first(tmp_path: Path) -> None:
     with pytest.raises(KeyError):
         fail()
     assert content_of(target) == ["old", "old"]
+
+
+def test_of_a_link_the_folder_that_it_leads_to_is_replaced(tmp_path: Path) -> None:
+    folder, link = made(tmp_path / "disk" / "folder", "old"), tmp_path / "link"
+    link.symlink_to(folder)
+    for content in ("new", "newer"):
+        made(link, content)
+        assert link.readlink() == folder
+        assert content_of(folder) == [content, content]
+    assert names(tmp_path) == ["disk", "link"]
+    assert names(folder.parent) == ["folder"]
+    folder.rename(folder.with_name("folder.old"))  # as a crash between the two renames leaves it
+    assert content_of(current_dir(link)) == ["newer", "newer"]
+    recover(link)
+    assert content_of(folder) == ["newer", "newer"]
+
+
+@pytest.mark.parametrize("leads", [True, False])
+def test_a_link_that_stepped_aside_is_no_obstacle(tmp_path: Path, leads: bool) -> None:
+    target = made(tmp_path / "folder", "old")
+    if leads:
+        made(tmp_path / "elsewhere", "mine")
+    (tmp_path / "folder.old").symlink_to(tmp_path / "elsewhere")
+    assert content_of(made(target, "new")) == ["new", "new"]
+    assert names(tmp_path) == (["elsewhere", "folder"] if leads else ["folder"])
+    assert not leads or content_of(tmp_path / "elsewhere") == ["mine", "mine"]
+
+
+HOLDS = """
+import sys
+from pathlib import Path
+from mimco_deploy.atomic import only_writer
+from mimco_deploy.errors import ConfigError
+with only_writer(Path(sys.argv[1]), ConfigError("held")):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_writer_is_refused_however_it_spells_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    command = [sys.executable, "-c", HOLDS, str(tmp_path / "link")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ConfigError, match="mine"), only_writer(tmp_path / "folder", ConfigError("mine")):
+            pass
+        other.kill()  # however it ends, the lock falls with it
+    with only_writer(tmp_path / "folder", ConfigError("mine")):
+        assert names(tmp_path) == [".folder.lock", "link"]
+    assert names(tmp_path) == ["link"]
+
+
+def test_a_lock_that_its_holder_removes_at_that_moment_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two would hold locks of one name, on two files."""
+    monkeypatch.setattr(fcntl, "lockf", lambda *_: (tmp_path / ".folder.lock").unlink())
+    with pytest.raises(ConfigError, match="mine"), only_writer(tmp_path / "folder", ConfigError("mine")):
+        pass
 
 
 DIES = """
