@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 @click.option(
     "--batch-size",
     "batch_sizes",
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, 4096),
     multiple=True,
     default=(1, 8, 32),
     show_default=True,
@@ -59,6 +59,7 @@ def bench(
     """Measure every variant of an encoder on this machine: speed, start, size, and neighbours kept."""
     from mimco_deploy.bundle import read_bundle
     from mimco_deploy.serving import bench as benching
+    from mimco_deploy.serving.agreement import MIN_PICTURES
     from mimco_deploy.serving.sample import draw_pictures, sample_folder
     from mimco_deploy.terminal import counting_bar, print_table
 
@@ -82,7 +83,15 @@ def bench(
     with counting_bar("bench") as show:
         rows, failures = benching.measure(variants, pictures, batch_sizes, show)
     if not any(row.in_bundle for row in rows):
-        raise ProviderError(failures[0].found if failures else "nothing ran", command="mimco doctor")
+        command = "mimco doctor"
+        found = failures[0].found.removesuffix(f"; run: {command}") if failures else "nothing ran"
+        raise ProviderError(found, command=command)
+    if pick and all(row.overlap is None for row in rows):
+        logger.warning(
+            "%d pictures are too few to compare neighbours, expected %d: only fp32 is picked",
+            len(pictures),
+            MIN_PICTURES,
+        )
     defaults = benching.pick(path, rows) if pick else dict(bundle.defaults)
     if as_json:
         print_json({**benching.document(rows, failures, len(pictures), check), "defaults": defaults})
@@ -115,12 +124,17 @@ def _torch_variants(workspace: Workspace, spec: EncoderSpec, source: str | None,
 def doctor(context: click.Context, /, as_json: bool) -> None:
     """Say what this machine can run, and the next command for each problem."""
     from mimco_deploy.serving.doctor import examine
-    from mimco_deploy.terminal import print_table
 
     findings = examine()
     if as_json:
         print_json([asdict(finding) for finding in findings])
     else:
-        print_table(["", "state", "found", "next"], [[one.name, one.state, one.found, one.command] for one in findings])
+        rows = [[one.name, one.state, one.found, one.command] for one in findings]
+        try:
+            from mimco_deploy.terminal import print_table
+        except ImportError:  # rich itself is broken
+            click.echo("\n".join(map("  ".join, rows)))
+        else:
+            print_table(["", "state", "found", "next"], rows)
     if any(one.state == "problem" for one in findings):
         context.exit(1)

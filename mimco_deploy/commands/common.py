@@ -114,11 +114,12 @@ def set_up_logging(verbose: bool, silent: bool = False) -> None:
     """Send warnings to stderr without disturbing a bar; with `verbose`, all that the package says; `silent`, errors."""
     handler: logging.Handler = logging.StreamHandler()
     if sys.stderr.isatty():  # without one, rich would fold lines at 80 columns, and it takes a while to import
-        from rich.logging import RichHandler
+        with contextlib.suppress(ImportError):  # `mimco doctor` tells where rich is broken
+            from rich.logging import RichHandler
 
-        from mimco_deploy.terminal import talk
+            from mimco_deploy.terminal import talk
 
-        handler = RichHandler(console=talk, show_time=False, show_path=False, show_level=False, markup=False)
+            handler = RichHandler(console=talk, show_time=False, show_path=False, show_level=False, markup=False)
     handler.addFilter(_make_plain)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     logging.getLogger("timm").setLevel(logging.ERROR)  # speaks of schedules of a few steps

@@ -23,7 +23,14 @@ _TIMEOUT_S = 120
 _CUDA, _TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
 _REMOTE = "AzureExecutionProvider"
 """Runs nothing here: it sends graphs elsewhere."""
-_BASE = ("click", "faiss-cpu", "numpy", "pillow", "rich")
+_BASE = {
+    "click": "from click import command",
+    "faiss-cpu": "from faiss import IndexFlat",
+    "numpy": "from numpy import array",
+    "pillow": "from PIL.Image import open",
+    "rich": "from rich.table import Table",
+}
+"""Each with a line that runs where it is whole: what says that a package is there outlives its files."""
 _EXTRAS = {
     "train": ("torch", "torchvision", "timm", "safetensors", "tensorboard"),
     "export": ("onnx", "onnxscript"),
@@ -70,8 +77,12 @@ class Finding:
 def examine() -> list[Finding]:
     """Look at Python, packages, driver, libraries and providers."""
     driver = _driver()
-    findings = [_python(), *_packages(), _runtime(has_gpu=driver.state == "ok"), driver, *_libraries()]
-    return [*findings, *_providers()]
+    runtime, providers = _runtime(has_gpu=driver.state == "ok"), _providers()
+    if runtime.state == "ok" and isinstance(providers, str):
+        command = f"pip install --force-reinstall {runtime.found.split()[0]}"
+        runtime = Finding(runtime.name, "problem", f"{runtime.found} cannot be imported: {providers}", command)
+    findings = [_python(), *_packages(), runtime, driver, *_libraries()]
+    return findings if isinstance(providers, str) else [*findings, *providers]
 
 
 def _python() -> Finding:
@@ -81,10 +92,15 @@ def _python() -> Finding:
 
 def _packages() -> list[Finding]:
     findings = []
-    for name in _BASE:
+    for name, line in _BASE.items():
         version = installed(name)
-        command = "" if version else "pip install --force-reinstall mimco-deploy"
-        findings.append(Finding(name, "ok" if version else "problem", version or "not installed", command))
+        tried = _run([sys.executable, "-c", f"{line}\nprint([])"])
+        found = version or "not installed"
+        if version and tried.answer is None:
+            found = f"{version} cannot be imported: {tried.reason}"
+        state: State = "ok" if version and tried.answer is not None else "problem"
+        command = "pip install --force-reinstall mimco-deploy" if state == "problem" else ""
+        findings.append(Finding(name, state, found, command))
     for extra, names in _EXTRAS.items():
         for name in names:
             version = installed(name)
@@ -115,7 +131,7 @@ def _runtime(*, has_gpu: bool) -> Finding:
 def _driver() -> Finding:
     query = ["nvidia-smi", "--query-gpu=name,driver_version,compute_cap,memory.total", "--format=csv,noheader"]
     try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+        done = subprocess.run(query, capture_output=True, errors="replace", timeout=_TIMEOUT_S, check=False)
     except FileNotFoundError:
         return Finding("NVIDIA driver", "absent", "no nvidia-smi")
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -150,13 +166,17 @@ def _version_of(library: ctypes.CDLL, function: str) -> int:
     return int(asked())
 
 
-def _providers() -> list[Finding]:
-    """What each provider says when a session is really made; listing them proves nothing."""
+def _providers() -> list[Finding] | str:
+    """What each provider says when a session is really made; listing them proves nothing.
+
+    Where there are none to list, why.
+    """
     asked = _run(
         [sys.executable, "-c", "import json, onnxruntime; print(json.dumps(onnxruntime.get_available_providers()))"]
     )
-    offered = asked.answer or []  # without a runtime: said above
-    found = {name: _provider(name) for name in offered if name != _REMOTE}
+    if asked.answer is None:
+        return asked.reason
+    found = {name: _provider(name) for name in asked.answer if name != _REMOTE}
     without = found.get(_TENSORRT)
     if without is not None and without.state == "problem" and found.get(_CUDA, without).state == "ok":
         # The package lists it whether or not TensorRT is installed, and a GPU serves without.
@@ -184,7 +204,7 @@ class _Tried:
 
 def _run(command: list[str]) -> _Tried:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+        done = subprocess.run(command, capture_output=True, errors="replace", timeout=_TIMEOUT_S, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         return _Tried(None, f"gives no answer ({error.__class__.__name__})")
     reason = telling_line(done.stderr)

@@ -251,15 +251,16 @@ def import_runtime() -> Any:
     """ONNX Runtime, kept from writing to stderr on its own.
 
     Raises:
-        MissingExtraError: it is not installed.
+        MissingExtraError: it is not installed, or not whole.
     """
     try:
         import onnxruntime
-    except ImportError as error:
+
+        onnxruntime.set_default_logger_severity(_FATAL_ONLY)  # a provider that does not start is told in our words
+    except (ImportError, AttributeError) as error:  # the second of a folder that lost its files
         raise MissingExtraError(
             f"onnxruntime cannot be imported ({error})", command='pip install "mimco-deploy[cpu]"'
         ) from error
-    onnxruntime.set_default_logger_severity(_FATAL_ONLY)  # a provider that does not start is told in our words
     if _PROVIDERS["cuda"][0] in onnxruntime.get_available_providers() and hasattr(onnxruntime, "preload_dlls"):
         with contextlib.redirect_stdout(io.StringIO()):  # prints what it does not find
             onnxruntime.preload_dlls()  # CUDA and cuDNN as pip installs them, beside the driver

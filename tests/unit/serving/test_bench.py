@@ -143,4 +143,13 @@ def test_nothing_that_ran_is_an_error(bundle: Path, tmp_path: Path) -> None:
     options = ["--encoder", str(bundle), "--device", "cuda", "--batch-size", "1"]
     done = CliRunner().invoke(main, ["--workspace", str(tmp_path / "ws"), "bench", *options])
     assert done.exit_code == 1
-    assert "run: mimco doctor" in done.output
+    assert done.output.count("run: mimco doctor") == 1
+
+
+def test_too_few_pictures_to_pick_by_are_told(bundle: Path, tmp_path: Path) -> None:
+    gallery(tmp_path / "photos", 5)
+    options = ["--encoder", str(bundle), "--check", str(tmp_path / "photos"), "--batch-size", "1", "--device", "cpu"]
+    done = CliRunner().invoke(main, ["--workspace", str(tmp_path / "ws"), "bench", *options, "--pick"])
+    assert done.exit_code == 0, done.output
+    assert "5 pictures are too few to compare neighbours, expected 21: only fp32 is picked" in done.stderr
+    assert "defaults: cpu fp32" in done.stdout

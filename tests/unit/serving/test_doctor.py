@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import onnxruntime
@@ -82,6 +84,53 @@ def test_a_missing_package_of_the_base_is_a_problem_and_of_an_extra_is_not(monke
     assert found["onnx"].command == 'pip install "mimco-deploy[export]"'
 
 
+def broken(folder: Path, package: str, content: str = "") -> Path:
+    """A folder with a package that hides the one that is installed."""
+    (folder / package).mkdir()
+    (folder / package / "__init__.py").write_text(content, encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("import of_its_own", "ModuleNotFoundError: No module named 'of_its_own'"),
+        ("", "AttributeError: module 'onnxruntime' has no attribute 'get_available_providers'"),
+    ],
+)
+def test_a_runtime_that_cannot_be_imported_is_a_problem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, reason: str
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(broken(tmp_path, "onnxruntime", content)), *sys.path]))
+    with_packages(monkeypatch, {"onnxruntime": "1.32.0"})
+    monkeypatch.setattr(doctor, "_driver", lambda: Finding("NVIDIA driver", "absent", "no nvidia-smi"))
+    found = by_name(examine())
+    command = "pip install --force-reinstall onnxruntime"
+    told = f"onnxruntime 1.32.0 cannot be imported: {reason}"
+    assert found["ONNX Runtime"] == Finding("ONNX Runtime", "problem", told, command)
+    assert not [name for name in found if name.endswith("Provider")]
+
+
+@pytest.mark.parametrize(("package", "name"), [("numpy", "numpy"), ("PIL", "pillow")])
+def test_a_package_of_which_only_the_version_is_left_is_a_problem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, name: str
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(broken(tmp_path, package)))
+    finding = by_name(doctor._packages())[name]
+    assert (finding.state, finding.command) == ("problem", "pip install --force-reinstall mimco-deploy")
+    assert "cannot be imported: " in finding.found
+
+
+def test_the_doctor_needs_no_rich(tmp_path: Path) -> None:
+    folder = broken(tmp_path, "rich", "import of_its_own")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), *sys.path])}
+    command = [sys.executable, "-m", "mimco_deploy", "doctor"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "rich  problem  " in done.stdout
+    assert "cannot be imported: ModuleNotFoundError: No module named 'of_its_own'" in done.stdout
+
+
 CUDA_MISSING = (
     "\x1b[1;31m2026 [E:onnxruntime:Default, provider_bridge_ort.cc:2458] Failed to load library "
     "libonnxruntime_providers_cuda.so with error: libcublasLt.so.13: cannot open shared object file\n\x1b[m"
@@ -130,6 +179,14 @@ def test_a_driver_is_told_with_its_gpus(monkeypatch: pytest.MonkeyPatch) -> None
     assert doctor._driver() == Finding("NVIDIA driver", "ok", "NVIDIA L4, 570.1, 8.9, 23034 MiB")
     answering(monkeypatch, code=9, stdout="NVIDIA-SMI has failed because it couldn't communicate with the driver.\n")
     assert doctor._driver().state == "problem"
+
+
+def test_a_driver_that_writes_no_text_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_bytes(b"#!/bin/sh\nprintf 'NVIDIA \\377, 570.1\\n'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert doctor._driver() == Finding("NVIDIA driver", "ok", "NVIDIA �, 570.1")
 
 
 def test_the_command_exits_with_1_where_there_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
