@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from mimco_deploy.bundle import MODEL_FILES, EncoderSpec
 from mimco_deploy.export.parity import ArtefactParity
 from mimco_deploy.export.student import Source
+from mimco_deploy.serving.scan import readable
 from mimco_deploy.training.backbone import UNSTATED
 
 logger = logging.getLogger(__name__)
@@ -24,7 +25,7 @@ def bundle_licence(source: Source, stated: str | None) -> str:
         source: the weights; `backbone.licence` is of those that were loaded, or of those behind trained ones.
         stated: by the one who exports, or None.
     """
-    known = source.backbone.licence
+    known, stated = source.backbone.licence, readable(stated or "")
     if not _NON_COMMERCIAL.search(known):
         inherited = UNSTATED if _behind(source) else known  # a permissive teacher says nothing of the student
         return stated or inherited

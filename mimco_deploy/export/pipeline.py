@@ -199,7 +199,7 @@ def _export(source: Source, target: Path, older: Path, options: ExportOptions) -
                 refused[precision] = error
         defaults = _keep_others(older, staging, spec, artefacts, refused)
         write_parity(staging / PARITY_FILE, artefacts)
-        (staging / CARD_FILE).write_text(model_card(spec, source, artefacts), encoding="utf-8")
+        (staging / CARD_FILE).write_text(model_card(spec, source, artefacts), encoding="utf-8", errors="replace")
         write_contract(staging, spec, defaults, {artefact.precision for artefact in artefacts})
     return Exported(spec, tuple(artefacts), tuple(refused.values()))
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mimco_deploy.errors import CheckpointError, ConfigError
+from mimco_deploy.serving.scan import readable
 from mimco_deploy.training.augment import ToInput
 from mimco_deploy.training.backbone import Backbone, weights_hash
 from mimco_deploy.training.checkpoint import Checkpoint, is_checkpoint, load_encoder, read_checkpoint
@@ -103,7 +104,7 @@ def from_model(name: str) -> Source:
         )
     backbone, pooling = load_teacher(name, to_train=False)
     _try_out(backbone, name)
-    return Source(backbone, pooling, path.resolve().name if path.exists() else name)
+    return Source(backbone, pooling, readable(path.resolve().name) if path.exists() else name)
 
 
 def _is_of_a_stage(folder: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -257,3 +258,15 @@ def test_a_swin_whose_windows_differ_is_not_resized(tmp_path: Path) -> None:
     save_for_hf(timm.create_model("swin_s3_tiny_224", num_classes=0), str(tmp_path / "timm"))
     with pytest.raises(ConfigError, match="expected a Swin of one window size"):
         export_encoder(from_model(str(tmp_path / "timm")), tmp_path / "e", ExportOptions(image_size_px=448))
+
+
+def test_names_that_are_no_text_are_made_readable(tmp_path: Path) -> None:
+    """Of a model's folder, of a licence and of where the bundle goes; what is written is UTF-8."""
+    model, target = tmp_path / os.fsdecode(b"m\xff"), tmp_path / os.fsdecode(b"e\xff")
+    folder_of("vit_tiny_patch16_224", model)
+    options = ExportOptions(precisions=("fp16",), licence=os.fsdecode(b"l\xff"))
+    assert export_encoder(from_model(str(model)), target, options).refused == ()
+    spec = read_bundle(target).spec
+    assert (spec.weights_source, spec.licence) == ("m�", "l�")
+    assert "- **Weights**: m�\n" in (target / "MODEL_CARD.md").read_text(encoding="utf-8")
+    load_encoder(target)

@@ -18,6 +18,7 @@ from mimco_deploy.bundle import Bundle, EncoderSpec, Precision
 from mimco_deploy.errors import BundleError, MissingExtraError, ProviderError
 from mimco_deploy.serving.doctor import telling_line
 from mimco_deploy.serving.encoders.proof import check_images, first_line, prove
+from mimco_deploy.serving.scan import readable
 from mimco_deploy.serving.trt import RTX_PLUGIN
 
 logger = logging.getLogger(__name__)
@@ -224,10 +225,11 @@ def _start(
     # they are told, unless they are given the content, which takes twice as long to load.
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
     told_where = tuple(map(int, ort.__version__.split(".")[:2])) >= _LOOKS_WHERE_TOLD
+    opens_it = readable(model) == str(model)  # it takes no path that is not UTF-8
     try:
         if devices:
             options.add_provider_for_devices(devices, {})
-        source = model if told_where else model.read_bytes()
+        source = model if told_where and opens_it else model.read_bytes()
         return ort.InferenceSession(source, sess_options=options, providers=providers, enable_fallback=0)
     except Exception as error:  # ORT's own classes share no base
         reason = first_line(error)

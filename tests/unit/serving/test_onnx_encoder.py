@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import logging
+import os
 import sys
 import types
 from pathlib import Path
@@ -143,11 +144,20 @@ def test_a_graph_of_another_embedding_size_is_refused(tmp_path: Path) -> None:
         load_encoder(tiny_bundle(tmp_path / "encoder", graph=graph))
 
 
-def test_without_onnxruntime_the_install_line_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("found", [None, types.ModuleType("onnxruntime")], ids=["none", "an empty folder"])
+def test_without_onnxruntime_the_install_line_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: types.ModuleType | None
+) -> None:
     path = tiny_bundle(tmp_path / "encoder")
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.setitem(sys.modules, "onnxruntime", found)
     with pytest.raises(MissingExtraError, match=r'pip install "mimco-deploy\[cpu\]"'):
         load_encoder(path)
+
+
+def test_a_folder_whose_name_is_no_text_is_as_good(tmp_path: Path) -> None:
+    path = tiny_bundle(tmp_path / os.fsdecode(b"b\xff"))
+    images = golden_images(2)
+    np.testing.assert_allclose(load_encoder(path).embed(images), tiny_embed(images), atol=1e-6)
 
 
 def test_cuda_that_is_offered_but_does_not_start_is_said(
