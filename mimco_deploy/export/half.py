@@ -36,7 +36,8 @@ def to_half(model: onnx.ModelProto, precision: Half) -> onnx.ModelProto:
         precision: which half.
 
     Returns:
-        A new graph; every other operator than those of `PRODUCTS` and `IN_FP32` works in the type that reaches it.
+        A new graph; every other operator than those of `PRODUCTS` and `IN_FP32` works in the type that reaches it, but
+        for inputs that ONNX has in fp32 alone, such as the scales of a Resize.
     """
     typed = _Retyping(onnx.shape_inference.infer_shapes(model), TYPES[precision])
     return typed.run()
@@ -108,7 +109,9 @@ class _Retyping:
             copy.CopyFrom(node)
             for number, name in enumerate(node.input):
                 if name in floats:
-                    copy.input[number] = self._as(name, kind)
+                    copy.input[number] = self._as(
+                        name, kind if _takes(node, number, kind, opset) else TensorProto.FLOAT
+                    )
             self.nodes.append(copy)
             self.now.update({name: kind for name in node.output if before.get(name) == TensorProto.FLOAT})
             if node.op_type == "ReduceL2" or self.normalising & set(node.input):

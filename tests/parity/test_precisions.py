@@ -137,6 +137,33 @@ def test_rounding_in_fp32_is_rounding_to_the_type(precision: Half) -> None:
     assert np.abs(found - x @ weight).max() > 0
 
 
+@pytest.mark.parametrize("precision", HALVES)
+def test_an_input_that_is_fp32_alone_stays_so(precision: Half) -> None:
+    """The scales of a Resize, in a network that brings maps to one size."""
+    weight = np.random.default_rng(0).standard_normal((4, 3, 1, 1)).astype(np.float32)
+    scales = np.array([1, 1, 2, 2], np.float32)
+    graph = onnx.helper.make_graph(
+        [
+            onnx.helper.make_node("Conv", ["x", "w"], ["map"]),
+            onnx.helper.make_node("Resize", ["map", "", "scales"], ["y"], mode="nearest"),
+        ],
+        "two",
+        [onnx.helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3, 4, 4])],
+        [onnx.helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 4, 8, 8])],
+        [numpy_helper.from_array(weight, "w"), numpy_helper.from_array(scales, "scales")],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 22)], ir_version=10)
+    half = to_half(model, precision)
+    types = types_of(half)
+    (resize,) = (node for node in half.graph.node if node.op_type == "Resize")
+    assert [types[resize.input[number]] for number in (0, 2)] == [TYPES[precision], TensorProto.FLOAT]
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(in_fp32(half).SerializeToString(), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"x": np.ones((1, 3, 4, 4), np.float32)})
+    np.testing.assert_allclose(found[0, :, 0, 0], weight.sum(axis=(1, 2, 3)), rtol=0.05, atol=0.02)
+
+
 def overflowing(folder: Path) -> str:
     """A product beyond fp16, of weights within it, which the last norm brings back."""
     torch.manual_seed(0)
