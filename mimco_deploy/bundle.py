@@ -47,6 +47,8 @@ MODEL_FILES: dict[Precision, str] = {
     "int8": "model.int8.onnx",
 }
 _HASHED = (*MODEL_FILES.values(), GOLDEN_FILE, PARITY_FILE)
+_LEAST = {"image_size_px": 1, "crop_share": 1 / 16, "embedding_dim": 1}
+"""Of a smaller share nearly nothing of a picture would be seen, for which all of it is enlarged."""
 _MAX_CONTRACT_BYTES = 1 << 20
 _MAX_GOLDEN_BYTES = 1 << 28
 _EXPORT = "mimco export --format onnx"
@@ -84,7 +86,7 @@ class EncoderSpec:
     image_size_px: int
     """Side of the square input."""
     crop_share: float
-    """Side of the centre crop over the short side of the resized picture, in (0, 1]."""
+    """Side of the centre crop over the short side of the resized picture, in [1/16, 1]."""
     interpolation: Interpolation
     """Filter of the resize: `bicubic` or `bilinear`, Pillow's."""
     crop_mode: CropMode
@@ -238,7 +240,9 @@ def _read_contract(path: Path) -> tuple[EncoderSpec, dict[str, Precision], dict[
         document.setdefault("crop_mode", "center")
     hints = typing.get_type_hints(EncoderSpec)
     wrong = {item.name for item in fields(EncoderSpec)} ^ set(document)
-    wrong |= {name for name, value in document.items() if name in hints and not _fits(hints[name], value)}
+    wrong |= {
+        name for name, value in document.items() if name in hints and not _fits(hints[name], value, _LEAST.get(name, 0))
+    }
     if not re.fullmatch("[0-9a-f]{64}", str(document.get("fingerprint"))):
         wrong.add("fingerprint")
     if wrong:
@@ -248,15 +252,15 @@ def _read_contract(path: Path) -> tuple[EncoderSpec, dict[str, Precision], dict[
     return EncoderSpec(**document), defaults, files
 
 
-def _fits(kind: Any, value: object) -> bool:
+def _fits(kind: Any, value: object, least: float) -> bool:
     if choices := typing.get_args(kind):
         return value in choices
     if isinstance(value, bool):
         return False
     if kind is float:
-        return isinstance(value, float | int) and 0 < value <= 1
+        return isinstance(value, float | int) and least <= value <= 1
     if kind is int:
-        return isinstance(value, int) and 0 <= value < 1 << 20
+        return isinstance(value, int) and least <= value < 1 << 20
     return isinstance(value, kind)
 
 
@@ -267,13 +271,12 @@ def _read_golden(path: Path, spec: EncoderSpec) -> Golden:
                 raise ValueError(f"more than {_MAX_GOLDEN_BYTES:,} bytes")
         with np.load(path, allow_pickle=False) as arrays:
             images: Any = np.atleast_1d(arrays["images"])
-            embeddings: Any = arrays["embeddings"]
+            embeddings: Any = np.atleast_1d(arrays["embeddings"])
     except Exception as error:  # NumPy's reader of broken headers raises nearly anything
         raise BundleError(f"{path} cannot be read ({error})", expected="golden pictures", command=_EXPORT) from error
     count, side = len(images), spec.image_size_px
     if not (
-        isinstance(embeddings, np.ndarray)
-        and count > 0
+        count > 0
         and (images.dtype, images.shape) == (np.uint8, (count, side, side, 3))
         and (embeddings.dtype, embeddings.shape) == (np.float32, (count, spec.embedding_dim))
     ):

@@ -1,13 +1,15 @@
 """A bundle as one file: `.zip`, or `.tar` whatever compresses it.
 
-Nothing in an archive is trusted: only plain files are taken, only under relative names, and no more bytes than an
-encoder can have. Standard library only.
+Nothing in an archive is trusted: only plain files are taken, only under relative names that a bundle has, and no more
+bytes than an encoder can have. Standard library only.
 """
 
 from __future__ import annotations
 
 import contextlib
 import lzma
+import re
+import shlex
 import shutil
 import struct
 import tarfile
@@ -26,9 +28,9 @@ _MAX_FILES = 256
 _MAX_HEADER_BYTES = 1 << 16
 _LONG_HEADERS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, *(kind.encode() for kind in "xgXK"))
 _MAX_BYTES = 16 << 30
+_FILES = re.compile(r"(encoder|parity)\.json|model(\.\w+)?\.onnx|golden\.npz|MODEL_CARD\.md|engines/[^/]+")
 _DEPTH = 3
 """A folder around the bundle, and `engines/` in it."""
-_CHUNK = 1 << 20
 _SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 _BROKEN = (
     *(zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, struct.error),
@@ -56,7 +58,8 @@ def unpack(path: Path) -> Unpacked:
         BundleError: there is no such file; it is no archive, is damaged, or holds what no bundle holds.
     """
     if not path.is_file():
-        raise BundleError(f"no encoder in {path}", expected="an archive", command=f"mimco export --output {path}")
+        command = f"mimco export --format onnx --output {shlex.quote(str(path))}"
+        raise BundleError(f"no encoder in {path}", expected="an archive", command=command)
     unpacked = Unpacked()
     try:
         members = _zip_members(path) if path.suffix.lower() == ".zip" else _tar_members(path)
@@ -93,6 +96,7 @@ def pack(folder: Path, path: Path) -> None:
 
 def _zip_members(path: Path) -> Generator[tuple[str, IO[bytes]]]:
     with zipfile.ZipFile(path) as archive:
+        _check_bytes(sum(info.file_size for info in archive.infolist()))
         for info in archive.infolist():
             if info.is_dir():
                 continue
@@ -115,10 +119,13 @@ class _Member(tarfile.TarInfo):
 
 
 def _tar_members(path: Path) -> Generator[tuple[str, IO[bytes]]]:
+    total = 0
     with tarfile.open(path, "r:*", tarinfo=_Member) as archive:
         for count, member in enumerate(archive, start=1):
             if count > _MAX_FILES or member.size < 0:  # a negative size would lead back to the same member
                 raise ValueError(f"more than {_MAX_FILES} members" if count > _MAX_FILES else "a member has no size")
+            total += member.size
+            _check_bytes(total)
             if member.isdir():
                 continue
             file = archive.extractfile(member) if member.isreg() else None
@@ -128,22 +135,25 @@ def _tar_members(path: Path) -> Generator[tuple[str, IO[bytes]]]:
                 yield member.name, file
 
 
+def _check_bytes(stated: int) -> None:
+    """Of what is stated: no more is read of a member."""
+    if stated > _MAX_BYTES:
+        raise ValueError(f"more than {_MAX_BYTES:,} bytes")
+
+
 def _write(members: Iterator[tuple[str, IO[bytes]]], folder: Path) -> None:
-    left = _MAX_BYTES
     for count, (name, file) in enumerate(members, start=1):
         parts = PurePosixPath(name).parts
         # Not by the first part alone: two slashes at the start are a root of their own.
         outside = name.startswith("/") or ".." in parts or "\\" in name
         if outside or not 1 <= len(parts) <= _DEPTH or count > _MAX_FILES:
             raise ValueError(f"{name!r} has no place in a bundle")
+        if not any(_FILES.fullmatch("/".join(inner)) for inner in (parts, parts[1:])):
+            continue
         target = folder.joinpath(*parts)
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("xb") as out:
-            while chunk := file.read(_CHUNK):
-                left -= len(chunk)
-                if left < 0:
-                    raise ValueError(f"more than {_MAX_BYTES:,} bytes")
-                out.write(chunk)
+            shutil.copyfileobj(file, out)
 
 
 def _leave_outer_folder(folder: Path, contract: str = "encoder.json") -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mimco_deploy.bundle import (
@@ -74,7 +75,11 @@ def test_a_contract_cut_anywhere_is_refused(folder: Path) -> None:
         lambda document: document.update(more="than the format has"),
         lambda document: document.update(image_size_px="32"),
         lambda document: document.update(image_size_px=-1),
+        lambda document: document.update(image_size_px=0),
+        lambda document: document.update(embedding_dim=0),
         lambda document: document.update(crop_share=1.5),
+        lambda document: document.update(crop_share=1e-320),
+        lambda document: document.update(crop_share=1 / 17),
         lambda document: document.update(interpolation="nearest"),
         lambda document: document.update(licence=None),
         lambda document: document.update(files=[]),
@@ -143,6 +148,18 @@ def test_golden_pictures_that_are_none_are_refused(folder: Path, content: bytes)
     (folder / GOLDEN_FILE).write_bytes(content)
     write_contract(folder, tiny_spec())
     with pytest.raises(BundleError, match=f"{GOLDEN_FILE} cannot be read"):
+        read_bundle(folder)
+
+
+@pytest.mark.parametrize("name", ["images", "embeddings"])
+def test_golden_members_that_are_no_arrays_are_refused(folder: Path, name: str) -> None:
+    arrays = dict(np.load(folder / GOLDEN_FILE))
+    del arrays[name]
+    np.savez(folder / GOLDEN_FILE, **arrays)
+    with zipfile.ZipFile(folder / GOLDEN_FILE, "a") as archive:
+        archive.writestr(name, b"no array")
+    write_contract(folder, tiny_spec())
+    with pytest.raises(BundleError, match=rf"holds golden images .* \|S8 \[1\]|{name} \|S8 \[1\]"):
         read_bundle(folder)
 
 

@@ -45,6 +45,21 @@ def test_an_archive_opens_as_its_folder_does(folder: Path, tmp_path: Path, name:
     assert encoder.spec == read_bundle(folder).spec
 
 
+@pytest.mark.parametrize("within", ["", "encoder/"])
+@pytest.mark.parametrize("suffix", [".zip", ".tar.gz"])
+def test_nothing_is_unpacked_but_what_a_bundle_has(folder: Path, tmp_path: Path, suffix: str, within: str) -> None:
+    place = tmp_path / "made" / within
+    shutil.copytree(folder, place)
+    for name in ("engines/a.plan", "big.bin", "engines.json", "deeper/model.onnx"):
+        (place / name).parent.mkdir(exist_ok=True)
+        (place / name).write_bytes(b"x")
+    pack(tmp_path / "made", tmp_path / f"e{suffix}")
+    bundle = read_bundle(tmp_path / f"e{suffix}")
+    found = {path.relative_to(bundle.path).as_posix() for path in bundle.path.rglob("*") if path.is_file()}
+    mine = {path.name for path in folder.iterdir()} | {"engines/a.plan"}
+    assert found == (mine if within else mine | {"deeper/model.onnx"})
+
+
 @pytest.mark.parametrize("kind", ["zip", "tar", "gztar"])
 def test_an_archive_of_the_folder_itself_opens_too(folder: Path, tmp_path: Path, kind: str) -> None:
     made = shutil.make_archive(str(tmp_path / "any"), kind, folder.parent, "encoder")
@@ -158,13 +173,26 @@ def test_more_bytes_than_an_encoder_has_are_not_unpacked(tmp_path: Path, monkeyp
         unpack(path)
 
 
+@pytest.mark.parametrize("suffix", [".zip", ".tar.gz"])
+def test_the_sizes_that_are_stated_are_summed_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    (tmp_path / "made").mkdir()
+    for name in ("a.bin", "b.bin"):
+        (tmp_path / "made" / name).write_bytes(bytes(600_000))
+    pack(tmp_path / "made", tmp_path / f"bomb{suffix}")
+    monkeypatch.setattr("mimco_deploy.bundle_archive._MAX_BYTES", 1 << 20)
+    with pytest.raises(BundleError, match="more than 1,048,576 bytes"):
+        unpack(tmp_path / f"bomb{suffix}")
+
+
 def test_a_file_that_is_no_archive_is_refused_with_its_name(tmp_path: Path) -> None:
     for name in NAMES:
         (tmp_path / name).write_bytes(b"\x89PNG, or anything else")
         with pytest.raises(BundleError, match=f"{name} cannot be unpacked"):
             read_bundle(tmp_path / name)
-    with pytest.raises(BundleError, match=r"no encoder in .*nowhere\.zip"):
-        read_bundle(tmp_path / "nowhere.zip")
+    with pytest.raises(BundleError, match=r"run: mimco export --format onnx --output '.*/no where\.zip'"):
+        read_bundle(tmp_path / "no where.zip")
 
 
 def test_a_systems_own_files_beside_the_folder_are_no_harm(folder: Path, tmp_path: Path) -> None:
