@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
+from click.core import ParameterSource
 
 from mimco_deploy.atomic import current_dir
 from mimco_deploy.bundle_archive import is_archive
-from mimco_deploy.commands.common import AnyPath, Folder, extra, json_option, print_json
-from mimco_deploy.errors import WorkspaceError
+from mimco_deploy.commands.common import AnyPath, Folder, extra, json_option, print_json, printable
+from mimco_deploy.errors import ConfigError, WorkspaceError
 from mimco_deploy.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -120,6 +121,8 @@ def export(
         raise click.UsageError("--triton takes a folder as --output.")
     if target == "onnx" and (engine["emit_trtexec"] or engine["compute_capability"] or engine["workspace_mib"]):
         raise click.UsageError("Options of engines go with --format tensorrt or tensorrt-rtx.")
+    if target == "onnx":
+        _check_profile(engine["profile"], triton)
     if target != "onnx":
         _export_engines(workspace, folder, target, precisions or ("fp16",), triton, as_json, engine, options)
         return
@@ -137,10 +140,20 @@ def export(
     exported.check()
 
 
+def _check_profile(profile: tuple[int, int, int], triton: Path | None) -> None:
+    """Of a graph, which takes any batch: it tells Triton the largest."""
+    given = click.get_current_context().get_parameter_source("profile") is not ParameterSource.DEFAULT
+    if given and triton is None:
+        raise click.UsageError("--profile goes with --format tensorrt or tensorrt-rtx, or with --triton.")
+    from mimco_deploy.export.to_tensorrt import EngineOptions
+
+    EngineOptions(profile=profile)  # refuses what cannot be meant
+
+
 def _print_exported(folder: Path, exported: Exported) -> None:
     from mimco_deploy.terminal import print_table
 
-    click.echo(f"onnx: bundle in {folder}, licence {exported.spec.licence}")
+    click.echo(f"onnx: bundle in {printable(folder)}, licence {exported.spec.licence}")
     print_table(*exported.table())
 
 
@@ -193,7 +206,7 @@ def _export_engines(
         )
         for precision in precisions
     ]
-    _check_engine_usage(target, engine, as_json, triton, len(wanted))
+    _check_engine_usage(target, folder, engine, as_json, triton, len(wanted))
     trt = None if engine["emit_trtexec"] else load_trt(target)  # before anything that takes long
     if trt is not None:
         gpus_to_build_for(trt, target, wanted[0])
@@ -217,9 +230,11 @@ def _export_engines(
 
 
 def _check_engine_usage(
-    target: str, engine: dict[str, Any], as_json: bool, triton: Path | None, precisions: int
+    target: str, folder: Path, engine: dict[str, Any], as_json: bool, triton: Path | None, precisions: int
 ) -> None:
     """Options that say nothing together are refused, not ignored."""
+    if is_archive(folder):
+        raise ConfigError(f"an engine in the archive {folder}", expected="a folder as --output")
     if engine["emit_trtexec"] and (target != "tensorrt" or as_json or triton or engine["compute_capability"]):
         raise click.UsageError("--emit-trtexec goes with --format tensorrt, and prints a command alone.")
     if triton is not None and precisions > 1:

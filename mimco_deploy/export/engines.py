@@ -10,10 +10,10 @@ from typing import Any
 
 from mimco_deploy.atomic import current_dir
 from mimco_deploy.bundle import SPEC_FILE, Precision, read_bundle
-from mimco_deploy.bundle_archive import is_archive
-from mimco_deploy.errors import ConfigError
+from mimco_deploy.errors import BundleError
 from mimco_deploy.export.to_tensorrt import EngineOptions, ensure_engine, plan_engine
 from mimco_deploy.export.triton import write_repository
+from mimco_deploy.serving.engine_types import TYPES
 from mimco_deploy.serving.engines import Engine
 from mimco_deploy.serving.trt import Flavour
 
@@ -53,10 +53,7 @@ def bundle_is_current(folder: Path, precisions: Sequence[Precision], student: Pa
 
     Raises:
         BundleError: there is a bundle, and it is broken; or it is not the student's, and has no such graph.
-        ConfigError: it is an archive.
     """
-    if is_archive(folder):
-        raise ConfigError(f"an engine in the archive {folder}", expected="a folder as --output")
     contract = current_dir(folder) / SPEC_FILE
     trained = current_dir(student) / "config.json"
     if not contract.is_file():
@@ -66,7 +63,13 @@ def bundle_is_current(folder: Path, precisions: Sequence[Precision], student: Pa
     bundle = read_bundle(folder)
     if not trained.is_file() or not bundle.spec.weights_source.startswith("mimco stage2"):
         for precision in precisions:
-            bundle.model(precision)  # says what is missing
+            if precision not in bundle.precisions:
+                there = " or ".join(other for other in bundle.precisions if other in TYPES)
+                raise BundleError(
+                    f"{folder} has no {precision}",
+                    expected=f"--precision {there}, or where its weights are an export of it",
+                    command=f"mimco export --format onnx --precision {precision}",
+                )
         return True
     # Not the contract's date: it is written anew for a default that was picked.
     newer = trained.stat().st_mtime_ns > bundle.model("fp32").stat().st_mtime_ns

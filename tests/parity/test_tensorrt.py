@@ -369,7 +369,7 @@ def test_a_precision_that_the_bundle_has_not_is_told(folder: Path, tmp_path: Pat
     arguments = ("--format", "tensorrt", "--emit-trtexec", "--precision", "bf16", "--output", folder)
     done = export(*arguments, workspace=tmp_path / "ws")
     assert done.exit_code == 1
-    assert "has no bf16" in done.output
+    assert "has no bf16; expected --precision fp32 or fp16, or where its weights are" in done.output
 
 
 def test_onnx_alone_goes_to_triton_too(vit: Path, tmp_path: Path) -> None:
@@ -458,7 +458,7 @@ def test_a_bundle_that_is_not_the_students_is_not_replaced_by_it(folder: Path, t
     arguments = ("--format", "tensorrt-rtx", "--compute-capability", "89", "--precision", "bf16", "--output", folder)
     done = export(*arguments, workspace=tmp_path / "ws")
     assert done.exit_code == 1
-    assert "has no bf16" in done.output
+    assert "has no bf16; expected --precision fp32 or fp16, or where its weights are" in done.output
     assert read_bundle(folder).spec.weights_source == "timm"
 
 
@@ -475,15 +475,11 @@ def test_a_default_that_was_picked_makes_no_bundle_newer_than_its_student(folder
     assert bundle_is_current(folder, ["fp16"], student)
 
 
-@RTX
 @pytest.mark.parametrize(
     ("arguments", "code", "told"),
     [
-        (("--format", "tensorrt-rtx", "--compute-capability", "999"), 1, "compute capability 999"),
-        (
-            ("--format", "tensorrt-rtx", "--compute-capability", "89", "--output", "e.zip"),
-            1,
-            "an engine in the archive",
+        pytest.param(
+            ("--format", "tensorrt-rtx", "--compute-capability", "999"), 1, "compute capability 999", marks=RTX
         ),
         (("--format", "tensorrt-rtx", "--workspace-mib", "99999999999999"), 1, "a workspace of"),
         (("--format", "tensorrt-rtx", "--profile", "1,1,999999999999999999999999"), 1, "a largest batch of"),
@@ -493,6 +489,9 @@ def test_a_default_that_was_picked_makes_no_bundle_newer_than_its_student(folder
         (("--format", "tensorrt-rtx", "--emit-trtexec"), 2, "goes with --format tensorrt"),
         (("--format", "onnx", "--compute-capability", "89"), 2, "Options of engines"),
         (("--format", "onnx", "--output", "e.zip", "--triton", "t"), 2, "takes a folder"),
+        (("--format", "onnx", "--profile", "1,32,256"), 2, "or with --triton"),
+        (("--format", "onnx", "--profile", "9,2,4", "--triton", "t"), 1, "profile 9,2,4; expected 1 ≤ least"),
+        (("--format", "tensorrt", "--output", "e.zip", "--model", "m"), 1, "an engine in the archive e.zip"),
     ],
 )
 def test_options_that_cannot_be_meant_are_refused_first(
