@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import signal
+import sys
 from pathlib import Path
 
 import click
@@ -26,6 +29,10 @@ COMMANDS = {
     "watch": "serve:watch",
 }
 """Each by its module in commands/ and its name there, in the order of the help."""
+
+_TIDY = ("eval", "index", "search", "watch")
+"""What SIGTERM lets come to an end of its own, so that a bundle that was unpacked is removed. Training and the service
+have their own way; elsewhere it would wait, for TensorRT or for processes that are measured."""
 
 
 class Commands(Group):
@@ -64,5 +71,8 @@ def main(ctx: click.Context, workspace: Path | None, verbose: bool) -> None:
     mimco serve                           the same over HTTP, and in a page
     """
     set_up_streams()
+    if ctx.invoked_subcommand in _TIDY:
+        with contextlib.suppress(ValueError):  # in a thread, which gets no signals
+            signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     set_up_logging(verbose, silent=not IS_MAIN_PROCESS)
     ctx.obj = find_workspace(workspace)

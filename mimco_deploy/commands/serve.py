@@ -97,7 +97,7 @@ def watch(workspace: Workspace, /, folders: tuple[Path, ...], settle: float, **r
     reports = watch_folders(
         workspace.index, folders, encoder, settle_s=settle, encoder_path=path_to_record(workspace, bundle)
     )
-    with contextlib.suppress(KeyboardInterrupt):  # how it ends
+    with contextlib.suppress(KeyboardInterrupt, SystemExit):  # how it ends; the second is of SIGTERM
         for report in reports:
             click.echo(
                 f"{report.counts.files} pictures indexed: {report.added} added, {report.changed} changed, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -301,3 +302,14 @@ def test_a_terminal_that_has_not_all_letters_is_shown_those_it_has(tmp_path: Pat
     assert [line.rpartition("/")[2] for line in shown.stdout.splitlines()] == ["a??.png", "ü.png"]
     raw = in_shell(tmp_path, "", "search", paths[0], "-0", "-k1", PYTHONIOENCODING="latin-1").stdout
     assert raw.encode("latin-1") == os.fsencode(paths[0]) + b"\0"
+
+
+@pytest.mark.parametrize("command", ["eval", "index", "search", "watch"])
+def test_sigterm_ends_what_unpacks_bundles_by_an_exit(command: str) -> None:
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        assert CliRunner().invoke(main, [command, "--help"]).exit_code == 0
+        with pytest.raises(SystemExit, match="143"):
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)

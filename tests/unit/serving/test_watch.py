@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import queue
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from mimco_deploy.bundle_archive import pack
 from mimco_deploy.errors import IndexStoreError
 from mimco_deploy.serving import watch as watch_module
 from mimco_deploy.serving.generations import writer_lock
 from mimco_deploy.serving.index import ImageIndex
 from mimco_deploy.serving.update import UpdateReport
 from mimco_deploy.serving.watch import watch_folders
-from tests.helpers import CountingEncoder, gallery, save
+from tests.helpers import CountingEncoder, gallery, save, tiny_bundle
 
 WAIT_S = 30.0
 
@@ -113,3 +117,19 @@ def test_a_folder_that_is_not_there_and_nothing_to_watch_are_refused(tmp_path: P
         next(watch_folders(tmp_path / "index", [tmp_path / "none"], CountingEncoder()))
     with pytest.raises(IndexStoreError, match="no folder to index"):
         next(watch_folders(tmp_path / "index", [], CountingEncoder()))
+
+
+def test_a_watch_that_is_told_to_end_leaves_nothing_unpacked(tmp_path: Path) -> None:
+    gallery(tmp_path / "photos", 2)
+    pack(tiny_bundle(tmp_path / "made"), tmp_path / "encoder.zip")
+    (tmp_path / "temporary").mkdir()
+    command = [sys.executable, "-m", "mimco_deploy", "--workspace", str(tmp_path / "space"), "watch"]
+    command += [str(tmp_path / "photos"), "--encoder", str(tmp_path / "encoder.zip")]
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "temporary")}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("2 pictures indexed")
+        assert list((tmp_path / "temporary").glob("mimco-bundle-*/model.onnx"))
+        process.terminate()
+        assert process.wait() == 0
+    assert list((tmp_path / "temporary").iterdir()) == []
