@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,6 +42,7 @@ def quantize(model: Path, target: Path, calibration: npt.NDArray[np.uint8] | Non
         Which way; None where the graph has nothing that it quantises.
     """
     with _quiet_tools(), tempfile.TemporaryDirectory() as folder:
+        model = Path(shutil.copyfile(model, Path(folder) / "model.onnx"))  # the tools take no path that is not UTF-8
         if calibration is None:
             if not _has_products_with_weights(model):
                 return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -23,6 +24,7 @@ from mimco_deploy.export import pipeline
 from mimco_deploy.export.half import IN_FP32, PRODUCTS, TYPES, Half, in_fp32, to_half
 from mimco_deploy.export.parity import Pictures, check_half_without_gpu, check_parity, read_parity
 from mimco_deploy.export.pipeline import ExportOptions, export_encoder
+from mimco_deploy.export.quantize import quantize
 from mimco_deploy.export.student import EncoderModule, from_model
 from mimco_deploy.export.to_onnx import convert
 from mimco_deploy.serving.encoders import load_encoder
@@ -234,6 +236,15 @@ def test_a_damaged_graph_passes_in_no_precision(bundle: Bundle, precision: Preci
 def test_bf16_on_a_cpu_is_refused_by_name(everything: Bundle) -> None:
     with pytest.raises(BundleError, match=r"no bf16 on CPUs; expected fp32, fp16 or int8"):
         load_encoder(everything.path, "cpu", precision="bf16")
+
+
+@pytest.mark.parametrize("way", ["dynamic", "static"])
+def test_int8_is_made_in_a_folder_whose_name_is_no_text(everything: Bundle, tmp_path: Path, way: str) -> None:
+    folder = tmp_path / os.fsdecode(b"b\xff")
+    folder.mkdir()
+    model = Path(shutil.copyfile(everything.model("fp32"), folder / "model.onnx"))
+    calibration = everything.golden.images if way == "static" else None
+    assert quantize(model, tmp_path / "made.onnx", calibration) == way
 
 
 def test_int8_that_is_no_faster_does_not_ship(
