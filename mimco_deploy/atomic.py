@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import logging
 import os
 import secrets
@@ -18,6 +19,9 @@ from pathlib import Path
 from mimco_deploy.errors import MimcoError
 
 logger = logging.getLogger(__name__)
+
+_KEPT = 50
+"""Letters of a name, of four bytes at most, in that of a temporary file: 255 bytes are the most a name may have."""
 
 
 def sync_dir(folder: Path) -> None:
@@ -40,7 +44,13 @@ def temporary_beside(path: Path) -> Path:
 
     It has the beginning of the name only, so that it is not too long where the name is not.
     """
-    return path.with_name(f".{path.name[:32]}.{secrets.token_hex(8)}.tmp")
+    return path.with_name(f".{path.name[:_KEPT]}.{secrets.token_hex(8)}.tmp")
+
+
+def remove_temporaries(path: Path) -> None:
+    """What writers of `path` left that were killed. For its one writer, before it begins."""
+    for left in path.parent.glob(f".{glob.escape(path.name[:_KEPT])}.{'[0-9a-f]' * 16}.tmp"):
+        left.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, content: bytes) -> None:

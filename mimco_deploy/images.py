@@ -107,7 +107,7 @@ def read_image(path: Path, short_side_px: int | None = None) -> Image.Image:
     Raises:
         ImageError: the file is missing, unreadable, larger than `MAX_BYTES`, or refused by `decode_image`.
     """
-    shown = _shown(str(path))
+    shown = shown_name(str(path))
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # a pipe would block, a device would not end
@@ -137,7 +137,7 @@ def decode_image(content: bytes, name: str = "picture", short_side_px: int | Non
     Raises:
         ImageError: whatever else the file causes, with its `problem`.
     """
-    shown = _shown(name)
+    shown = shown_name(name)
     _check_bytes(len(content), shown)
     if content[:2] in _PLAIN:  # Pillow takes time that grows with the square of the comments in it
         raise ImageError("unsupported", f"{shown} is a PNM in plain text")
@@ -349,6 +349,6 @@ def _one_line(error: Exception) -> str:
     return text[:200] if text.isprintable() and text else type(error).__name__
 
 
-def _shown(name: str) -> str:
+def shown_name(name: str) -> str:
     """In a message of one line: file names may hold line ends, bytes that are no text and what steers a terminal."""
     return name if plain(name) == name and "\n" not in name else ascii(name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -153,11 +155,14 @@ def _update(
     file_memory: int,
     **options: Any,
 ) -> None:
+    from mimco_deploy.images import IMAGE_SUFFIXES
     from mimco_deploy.serving.encoders import LazyEncoder
     from mimco_deploy.serving.guarded import Limits
     from mimco_deploy.serving.update import update_index
     from mimco_deploy.terminal import indexing_bar
 
+    if workspace.path.parent in Path.cwd().parents:  # found on the way up: perhaps not the one that was meant
+        click.echo(f"the index is in {printable(workspace.path)}", err=True)
     del options["encoder"]
     say_if_shipped(bundle)
     encoder = LazyEncoder(bundle, device, strict=strict)
@@ -181,12 +186,22 @@ def _update(
         + (f" ({ran.provider}, {ran.precision})" if ran else "")
     )
     for folder in report.unreachable:
-        kept = f"kept {folder.kept} pictures of it" if folder.kept else "nothing of it is indexed"
-        click.echo(f"{printable(folder.path)} cannot be read ({folder.reason}): {kept}", err=True)
-    if report.problems:
+        kept = f"kept {folder.kept} files of it" if folder.kept else "nothing of it is indexed"
+        name = shlex.quote(printable(folder.path))
+        moved = (
+            f"; moved? mimco index --root {name}=NEW; gone? mimco index forget {name}"
+            if not os.path.lexists(folder.path)
+            else ""
+        )
+        click.echo(f"{printable(folder.path)} cannot be read ({folder.reason}): {kept}{moved}", err=True)
+    if not (report.counts.files or report.problems or report.unreachable):
         click.echo(
-            f"{len(report.problems)} files are no pictures, such as {plain(report.problems[0].found)}; "
-            "mimco index problems lists them",
+            f"nothing there has the name of a picture, which end in {', '.join(sorted(IMAGE_SUFFIXES))}", err=True
+        )
+    if report.problems:
+        files = "1 file is no picture" if len(report.problems) == 1 else f"{len(report.problems)} files are no pictures"
+        click.echo(
+            f"{files}, such as {plain(report.problems[0].found)}; mimco index problems lists them",
             err=True,
         )
 

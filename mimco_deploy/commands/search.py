@@ -294,7 +294,7 @@ def _printer(as_json: bool, as_jsonl: bool, print0: bool) -> Callable[[_Answer, 
 
 
 def _print_table(answer: _Answer, _: object) -> None:
-    from mimco_deploy.serving.background import in_words
+    from mimco_deploy.serving.background import counted, in_words
     from mimco_deploy.serving.index import least_by_chance
     from mimco_deploy.terminal import print_thumbnail
 
@@ -308,7 +308,7 @@ def _print_table(answer: _Answer, _: object) -> None:
         click.echo(f"nothing found for {printable(answer.query)}", err=True)
     elif best is not None and best >= 1:
         click.echo(
-            f"nothing really matches {printable(answer.query)}: about {best:,.0f} pictures would be as alike by chance",
+            f"nothing really matches {printable(answer.query)}: about {counted(best)} would be as alike by chance",
             err=True,
         )
 

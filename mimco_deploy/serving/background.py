@@ -87,6 +87,11 @@ class Background:
         return np.asarray(count * shares)
 
 
+def counted(expected: float) -> str:
+    """So many pictures, expected by chance, in words."""
+    return "1 picture" if round(expected) == 1 else f"{expected:,.0f} pictures"
+
+
 def in_words(confidence: float | None) -> str:
     """A confidence in a word: `clear` from 0.99 on, `likely` from 0.8, `unsure` from 0.5, else `chance`."""
     if confidence is None:

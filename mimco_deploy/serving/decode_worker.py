@@ -33,7 +33,7 @@ from typing import IO, cast
 from PIL import Image
 
 from mimco_deploy.errors import ConfigError, ImageError
-from mimco_deploy.images import MAX_BYTES, _shown, decode_image, read_facts
+from mimco_deploy.images import MAX_BYTES, decode_image, read_facts, shown_name
 from mimco_deploy.preprocess import Crop, CropMode, Interpolation, decode_pixels
 from mimco_deploy.serving.scan import stamp_of
 
@@ -104,7 +104,7 @@ def main(geometry: Geometry, limit_s: float, limit_mib: int) -> None:
 def _serve(request: bytes, asked: IO[bytes], answers: IO[bytes], geometry: Geometry) -> None:
     stamp = _NO_STAMP
     name = "picture" if request[0] & CONTENT else os.fsdecode(request[REQUEST.size :])
-    shown = _shown(name)
+    shown = shown_name(name)
     try:
         if request[0] & CONTENT:
             content = request[REQUEST.size :]

@@ -28,7 +28,7 @@ import numpy.typing as npt
 import mimco_deploy
 from mimco_deploy.bundle import EncoderSpec
 from mimco_deploy.errors import ConfigError, ImageError, ImageProblem, MimcoError
-from mimco_deploy.images import Facts, _shown
+from mimco_deploy.images import Facts, shown_name
 from mimco_deploy.preprocess import Crop
 from mimco_deploy.serving.decode_worker import CONTENT, HASH, LENGTH, READY, REQUEST, STAMP, read_frame, write_frame
 from mimco_deploy.serving.scan import Stamp
@@ -276,7 +276,7 @@ def _request(flags: int, thumbnail_px: int, crop: Crop | None) -> bytes:
 
 def _lost(path: Path | None, problem: ImageProblem, what: str) -> RefusedError:
     # No look at the file now: one that was put in its place meanwhile would be taken for the one that was read.
-    return RefusedError(problem, f"{'the picture' if path is None else _shown(str(path))} {what}", NEVER_OPENED)
+    return RefusedError(problem, f"{'the picture' if path is None else shown_name(str(path))} {what}", NEVER_OPENED)
 
 
 def _stamp(answer: bytes) -> Stamp:

@@ -12,7 +12,6 @@ them in the column `path_bytes`. Imported files count as seen: the next update r
 from __future__ import annotations
 
 import contextlib
-import glob
 import json
 import os
 import tokenize
@@ -25,7 +24,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from mimco_deploy.atomic import sync_dir, sync_file, temporary_beside
+from mimco_deploy.atomic import remove_temporaries, sync_dir, sync_file, temporary_beside
 from mimco_deploy.errors import IndexStoreError, MissingExtraError
 from mimco_deploy.images import Facts
 from mimco_deploy.serving.catalog import Catalog, NewContent, Root
@@ -122,8 +121,7 @@ def _export(generation: Generation, target: Path, write: Callable[..., None]) ->
         temporary = [temporary_beside(path) for path in finals]
         try:
             for final in finals:
-                for left in target.parent.glob(f".{glob.escape(final.name)}.*.tmp"):
-                    left.unlink(missing_ok=True)  # by an export that was killed
+                remove_temporaries(final)
             write(temporary, header, count, _portions(catalog, vectors))
             for path in temporary:
                 sync_file(path)

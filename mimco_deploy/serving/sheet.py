@@ -17,7 +17,7 @@ from mimco_deploy.errors import ImageError
 from mimco_deploy.html_page import place_of_page
 from mimco_deploy.images import decode_image, read_image
 from mimco_deploy.preprocess import Crop, cut
-from mimco_deploy.serving.background import in_words
+from mimco_deploy.serving.background import counted, in_words
 from mimco_deploy.serving.index import Hit, least_by_chance
 from mimco_deploy.serving.query import Part
 from mimco_deploy.serving.scan import readable
@@ -137,7 +137,7 @@ def _no_match(hits: Sequence[Hit]) -> str:
     best = least_by_chance(hits)
     if best is None or best < 1:
         return ""
-    return f"<p><strong>Nothing really matches</strong>: about {best:,.0f} pictures would be as alike by chance.</p>\n"
+    return f"<p><strong>Nothing really matches</strong>: about {counted(best)} would be as alike by chance.</p>\n"
 
 
 def _card(rank: int, hit: Hit, reason: Reason | None) -> str:

@@ -6,6 +6,7 @@ is missed of what happened before, between, or where the system's events overflo
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -58,14 +59,15 @@ def watch_folders(
     """
     stop = stop or threading.Event()
     roots = [existing_folder(folder) for folder in folders]
-    watched: list[Path] = []
+    watched: list[tuple[Path, int, int]] = []
     changes: Iterator[object] = iter(())
     first = True
     while not stop.is_set():
         # Watched before it is walked: what changes meanwhile is heard of afterwards.
-        if (present := [root for root in roots or _recorded(index) if can_be_walked(root)]) != watched:
-            watched, changes = present, _changes(present, stop)
+        if (found := list(_found(roots or _recorded(index)))) != watched:
+            watched, changes = found, _changes([root for root, *_ in found], index, stop)
             next(changes, None)
+        present = [root for root, *_ in found]
         if roots and not present:
             stop.wait(_BUSY_S)
             continue
@@ -100,18 +102,28 @@ def _wait(changes: Iterator[object], settle_s: float, stop: threading.Event) -> 
             return
 
 
+def _found(roots: Sequence[Path]) -> Iterator[tuple[Path, int, int]]:
+    """Those that can be walked, each with what tells it from another folder that takes its place."""
+    for root in roots:
+        if can_be_walked(root):
+            with contextlib.suppress(OSError):  # it went just now
+                status = root.stat()
+                yield root, status.st_dev, status.st_ino
+
+
 def _recorded(index: Path) -> list[Path]:
     return [root.path for root in recorded_roots(index)] if has_index(index) else []
 
 
-def _changes(folders: Sequence[Path], stop: threading.Event) -> Iterator[object]:
-    """What changed; nothing some times a second."""
+def _changes(folders: Sequence[Path], index: Path, stop: threading.Event) -> Iterator[object]:
+    """What changed; nothing some times a second. The index itself, which may lie in a folder, does not count."""
     if not folders:
         return iter(())
+    own = index.resolve()
     return iter(
         watchfiles.watch(
             *folders,
-            watch_filter=None,
+            watch_filter=lambda _, path: not Path(path).is_relative_to(own),
             debounce=_TURN_MS,
             step=_TURN_MS // 2,
             stop_event=stop,

@@ -313,3 +313,26 @@ def test_sigterm_ends_what_unpacks_bundles_by_an_exit(command: str) -> None:
             signal.raise_signal(signal.SIGTERM)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_an_update_says_what_it_did_not_find_and_where_the_index_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw/a.cr2").touch()
+    tiny_bundle(tmp_path / ".mimco/encoder")
+    monkeypatch.chdir(tmp_path)
+    run = CliRunner().invoke
+    told = run(main, ["index", "raw"]).stderr
+    assert told.startswith("nothing there has the name of a picture, which end in .apng")
+    save(tmp_path / "my photos/one.png", 1)
+    save(tmp_path / "my photos/bad.png", 2).write_bytes(b"no picture")
+    monkeypatch.chdir(tmp_path / "my photos")
+    told = run(main, ["index", "."]).stderr
+    assert f"the index is in {tmp_path / '.mimco'}\n" in told
+    assert "1 file is no picture, such as" in told
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my photos").rename(tmp_path / "photos")
+    told = run(main, ["index"]).stderr
+    old = f"'{tmp_path / 'my photos'}'"
+    assert f"kept 2 files of it; moved? mimco index --root {old}=NEW; gone? mimco index forget {old}\n" in told

@@ -7,8 +7,10 @@ import queue
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +19,7 @@ from mimco_deploy.errors import IndexStoreError
 from mimco_deploy.serving import watch as watch_module
 from mimco_deploy.serving.generations import writer_lock
 from mimco_deploy.serving.index import ImageIndex
-from mimco_deploy.serving.update import UpdateReport
+from mimco_deploy.serving.update import UpdateReport, update_index
 from mimco_deploy.serving.watch import watch_folders
 from tests.helpers import CountingEncoder, gallery, save, tiny_bundle
 
@@ -70,6 +72,34 @@ def test_what_comes_changes_and_goes_is_indexed(watch: Watch, photos: Path, tmp_
         assert photos.resolve() / "new/0100.png" in index.files()
     (photos / "0000.png").unlink()
     assert watch.next().counts.files == 5
+
+
+def test_the_index_in_a_watched_folder_is_no_change_of_it(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    updates: list[object] = []
+
+    def counted(*given: Any, **named: Any) -> UpdateReport:
+        updates.append(given)
+        return update_index(*given, **named)
+
+    monkeypatch.setattr(watch_module, "update_index", counted)
+    watch = Watch(photos / ".mimco/index", [photos])
+    try:
+        assert watch.next().added == 5
+        time.sleep(2.0)  # in which it woke itself some ten times
+        assert len(updates) <= 2  # the folder that holds it is new as well
+        save(photos / "new.png", 77)
+        assert watch.next().added == 1
+    finally:
+        watch.end()
+
+
+def test_a_folder_that_takes_the_place_of_another_is_watched(watch: Watch, photos: Path) -> None:
+    assert watch.next().added == 5
+    photos.rename(photos.with_name("old"))
+    gallery(photos, 1)
+    assert watch.next().removed == 4
+    save(photos / "new.png", 77)
+    assert watch.next().added == 1
 
 
 @pytest.mark.parametrize("told", [True, False])
