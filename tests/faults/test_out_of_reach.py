@@ -183,4 +183,4 @@ def test_the_command_names_a_closed_folder_whether_or_not_anything_of_it_is_inde
         assert folder == {"path": str(photos / "closed"), "reason": "Permission denied", "kept": 0}
     run("update")
     close(monkeypatch, "closed")
-    assert f"{told}kept 1 pictures of it" in run("update").stderr
+    assert f"{told}kept 1 files of it" in run("update").stderr
