@@ -291,6 +291,12 @@ class Catalog:
         rows = self._db.execute("SELECT id, path FROM roots ORDER BY path")
         return [Root(number, Path(os.fsdecode(path))) for number, path in rows]
 
+    def counts_below(self, root: Root) -> tuple[int, int]:
+        """Files and problems below one root."""
+        count = "SELECT count(*) FROM {} WHERE root_id = ?"
+        files, problems = (self._db.execute(count.format(table), (root.id,)) for table in ("files", "problems"))
+        return files.fetchone()[0], problems.fetchone()[0]
+
     def file_stamps(self, root: Root) -> dict[str, tuple[int, int]]:
         """Size and mtime_ns by relative path of the files below one root. Bare tuples: there are many."""
         rows = self._db.execute("SELECT path, size, mtime_ns FROM files WHERE root_id = ?", (root.id,))

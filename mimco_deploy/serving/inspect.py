@@ -93,13 +93,7 @@ def status_of(index: Path) -> IndexStatus:
 def _status(index: Path, generation: Generation) -> IndexStatus:
     with Catalog(generation.catalog) as catalog, catalog.snapshot():
         roots = tuple(
-            RootStatus(
-                root.path,
-                can_be_walked(root.path),
-                len(catalog.file_stamps(root)),
-                len(catalog.problem_stamps(root)),
-            )
-            for root in catalog.roots()
+            RootStatus(root.path, can_be_walked(root.path), *catalog.counts_below(root)) for root in catalog.roots()
         )
         size = sum(path.stat().st_size for path in generation.path.iterdir() if path.is_file())
         return IndexStatus(
