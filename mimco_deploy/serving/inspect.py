@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -12,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mimco_deploy.errors import IndexStoreError
+from mimco_deploy.images import shown_name
 from mimco_deploy.serving.background import background_of, references_of
 from mimco_deploy.serving.catalog import Catalog, Counts
 from mimco_deploy.serving.generations import Generation, current_generation, has_index
@@ -19,6 +21,8 @@ from mimco_deploy.serving.scan import can_be_walked
 from mimco_deploy.serving.tuning import Budget, Tuning, budget_of, damage, tuning_of
 from mimco_deploy.serving.vectors import crc32s as crc32s_of
 from mimco_deploy.serving.vectors import read_vectors
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -111,11 +115,19 @@ def _status(index: Path, generation: Generation) -> IndexStatus:
 
 
 def recorded_encoder(index: Path) -> Path | None:
-    """The bundle that an index was made with, where that is not the workspace's own and still there."""
+    """The bundle that an index was made with, where that is not the workspace's own; told of where it is gone."""
     if not has_index(index):
         return None
     recorded = read_current(index, _made_by).get("encoder")
-    return Path(recorded) if recorded is not None and Path(recorded).exists() else None
+    if recorded is None:
+        return None
+    if Path(recorded).exists():
+        return Path(recorded)
+    logger.warning(
+        "%s, with which the index was made, is gone; if it lies elsewhere: mimco index --encoder PATH",
+        shown_name(recorded),
+    )
+    return None
 
 
 def _made_by(generation: Generation) -> dict[str, str]:

@@ -178,6 +178,17 @@ def test_where_the_encoder_lies_is_recorded_although_nothing_is_embedded(workspa
     assert status_of(index).made_by == {"provider": "NumPy", "precision": "fp32"}
 
 
+def test_an_encoder_that_is_gone_is_named(workspace: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    bundle = tiny_bundle(tmp_path / "bundle")
+    run(workspace, "--encoder", str(bundle))
+    bundle.rename(tmp_path / "elsewhere")
+    gone = f"{bundle}, with which the index was made, is gone; if it lies elsewhere: mimco index --encoder PATH"
+    run(workspace, "update")
+    assert caplog.messages == [gone]
+    assert run(workspace, "--encoder", str(tmp_path / "elsewhere")).exit_code == 0
+    assert caplog.messages == [gone]
+
+
 @pytest.mark.parametrize("command", ["status", "problems", "verify"])
 def test_without_an_index_each_says_how_to_make_one(tmp_path: Path, command: str) -> None:
     done = run(tmp_path, command)
