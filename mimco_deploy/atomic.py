@@ -13,6 +13,7 @@ import logging
 import os
 import secrets
 import shutil
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from mimco_deploy.errors import MimcoError
 logger = logging.getLogger(__name__)
 
 _KEPT = 50
-"""Letters of a name, of four bytes at most, in that of a temporary file: 255 bytes are the most a name may have."""
+"""Letters of a name, of four bytes at most, in those of files beside it: 255 bytes are the most a name may have."""
 
 
 def sync_dir(folder: Path) -> None:
@@ -42,14 +43,19 @@ def sync_file(path: Path) -> None:
 def temporary_beside(path: Path) -> Path:
     """A name for what becomes `path`. Nobody else knows it: in a folder of several users a link could wait under it.
 
-    It has the beginning of the name only, so that it is not too long where the name is not.
+    It is not too long where the name is not.
     """
-    return path.with_name(f".{path.name[:_KEPT]}.{secrets.token_hex(8)}.tmp")
+    return path.with_name(f".{_short(path.name)}.{secrets.token_hex(8)}.tmp")
+
+
+def _short(name: str) -> str:
+    """A name, or its beginning and a hash of it."""
+    return name if len(name) <= _KEPT else f"{name[:_KEPT]}-{zlib.crc32(os.fsencode(name)):08x}"
 
 
 def remove_temporaries(path: Path) -> None:
     """What writers of `path` left that were killed. For its one writer, before it begins."""
-    for left in path.parent.glob(f".{glob.escape(path.name[:_KEPT])}.{'[0-9a-f]' * 16}.tmp"):
+    for left in path.parent.glob(f".{glob.escape(_short(path.name))}.{'[0-9a-f]' * 16}.tmp"):
         left.unlink(missing_ok=True)
 
 
@@ -104,15 +110,17 @@ def only_writer(target: Path, refusal: MimcoError) -> Iterator[None]:
     this process, however that ends. Where a file system gives no locks, as some of clusters, the block runs without.
 
     Args:
-        target: a folder or file; of a link, what it leads to counts.
+        target: a folder or file; a link counts itself, not what it leads to.
         refusal: to raise where another process holds the lock.
     """
-    target = target.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
-    lock = target.with_name(f".{target.name}.lock")
-    with lock.open("ab") as file:
+    lock = target.with_name(f".{_short(target.name)}.lock")
+    kind, how = ("ab", fcntl.LOCK_EX)
+    if lock.exists() and not os.access(lock, os.W_OK):
+        kind, how = ("rb", fcntl.LOCK_SH)  # another user's, in a folder of several: left over, or held
+    with lock.open(kind) as file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, how | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             raise refusal from None
         except OSError as error:
@@ -122,7 +130,8 @@ def only_writer(target: Path, refusal: MimcoError) -> Iterator[None]:
         try:
             yield
         finally:
-            lock.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError, PermissionError):
+                lock.unlink()
 
 
 @contextlib.contextmanager

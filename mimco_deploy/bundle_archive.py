@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import lzma
+import os
 import re
 import shlex
 import shutil
@@ -47,8 +48,8 @@ class Unpacked:
 
 
 def is_archive(path: Path) -> bool:
-    """Whether a name is that of an archive: `.zip`, `.tar`, `.tar.gz`, `.tgz`, `.tar.bz2` or `.tar.xz`."""
-    return path.name.lower().endswith(_SUFFIXES)
+    """Whether a name is an archive's: `.zip`, `.tar`, `.tar.gz` and so on. Of a link, what it leads to counts."""
+    return os.path.realpath(path).lower().endswith(_SUFFIXES)
 
 
 def unpack(path: Path) -> Unpacked:

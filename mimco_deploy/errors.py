@@ -18,7 +18,8 @@ and exits with 1; anything that is not a `MimcoError` is a defect of mimco and k
     ├── EngineError            a TensorRT engine that is stale, foreign, broken or cannot be built
     ├── ProviderError          a device or runtime that was asked for and does not run
     ├── IndexStoreError        an index that is missing, broken or held by another writer
-    │   └── IndexBusyError     an index that cannot be read or written for now, or needs a newer mimco
+    │   └── IndexBusyError     an index that cannot be read or written for now
+    │       └── IndexNewerError  or by this mimco
     ├── EncoderMismatchError   an index made by another encoder
     ├── EvaluationError        pictures, labels or a ground truth that cannot be measured with
     ├── MoveError              pictures that cannot be moved out of the way, or back
@@ -145,7 +146,15 @@ class IndexStoreError(MimcoError):
 
 
 class IndexBusyError(IndexStoreError):
-    """An index that is sound, as far as is known, and cannot be read or written for now, or by this mimco."""
+    """An index that is sound, as far as is known, and cannot be read or written for now."""
+
+
+class IndexNewerError(IndexBusyError):
+    """An index that a newer mimco made."""
+
+
+class QueryError(ConfigError):
+    """A query of which its pictures, parts and weights make nothing to search with."""
 
 
 class EncoderMismatchError(MimcoError):

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from mimco_deploy.errors import ConfigError, ImageError
+from mimco_deploy.errors import ConfigError, ImageError, QueryError
 from mimco_deploy.images import decode_image, read_image
 
 Interpolation = Literal["bicubic", "bilinear"]
@@ -110,7 +110,7 @@ def cut(picture: Image.Image, crop: Crop | None) -> Image.Image:
     """The part of an upright picture inside a crop; the whole where None.
 
     Raises:
-        ConfigError: the crop holds no pixel of it.
+        QueryError: the crop holds no pixel of it.
     """
     if crop is None:
         return picture
@@ -121,7 +121,7 @@ def cut(picture: Image.Image, crop: Crop | None) -> Image.Image:
     left, top = max(0, round(box[0])), max(0, round(box[1]))
     right, bottom = min(width, round(box[0] + box[2])), min(height, round(box[1] + box[3]))
     if left >= right or top >= bottom:
-        raise ConfigError(
+        raise QueryError(
             f"the crop {', '.join(f'{number:g}' for number in crop)} holds nothing of {width} × {height} pixels",
             expected="left, top, width, height",
         )

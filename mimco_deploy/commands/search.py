@@ -30,7 +30,7 @@ from mimco_deploy.commands.common import (
     printable,
     runtime_options,
 )
-from mimco_deploy.errors import ConditionError, ConfigError, ImageError, IndexStoreError
+from mimco_deploy.errors import ConfigError, ImageError, IndexStoreError, QueryError
 from mimco_deploy.serving import MAX_WEIGHT
 from mimco_deploy.stopwatch import Stopwatch
 from mimco_deploy.workspace import Workspace
@@ -245,10 +245,7 @@ def _answers(
                     min_score=min_score, min_confidence=min_confidence, rerank=rerank, watch=watch,
                 )  # fmt: skip
             except (ImageError, ConfigError) as error:
-                of_this_one = isinstance(error, ImageError) or (
-                    (crop or minus) and not isinstance(error, ConditionError)
-                )
-                if len(queries) == 1 or not of_this_one:
+                if len(queries) == 1 or not isinstance(error, ImageError | QueryError):
                     raise  # what is wrong with a condition is wrong for all
                 click.echo(f"Error: {error}", err=True)
                 yield _Answer(name, [], encoder, str(error))

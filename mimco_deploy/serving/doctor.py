@@ -20,6 +20,8 @@ from typing import Literal
 State = Literal["ok", "absent", "problem"]
 
 _TIMEOUT_S = 120
+_PYTHON = (sys.executable, "-P", "-c")
+"""Without the current folder, whose numpy.py is nobody's NumPy."""
 _CUDA, _TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
 _REMOTE = "AzureExecutionProvider"
 """Runs nothing here: it sends graphs elsewhere."""
@@ -94,7 +96,7 @@ def _packages() -> list[Finding]:
     findings = []
     for name, line in _BASE.items():
         version = installed(name)
-        tried = _run([sys.executable, "-c", f"{line}\nprint([])"])
+        tried = _run([*_PYTHON, f"{line}\nprint([])"])
         found = version or "not installed"
         if version and tried.answer is None:
             found = f"{version} cannot be imported: {tried.reason}"
@@ -172,7 +174,12 @@ def _providers() -> list[Finding] | str:
     Where there are none to list, why.
     """
     asked = _run(
-        [sys.executable, "-c", "import json, onnxruntime; print(json.dumps(onnxruntime.get_available_providers()))"]
+        [
+            sys.executable,
+            "-P",
+            "-c",
+            "import json, onnxruntime; print(json.dumps(onnxruntime.get_available_providers()))",
+        ]
     )
     if asked.answer is None:
         return asked.reason
@@ -185,7 +192,7 @@ def _providers() -> list[Finding] | str:
 
 
 def _provider(name: str) -> Finding:
-    tried = _run([sys.executable, "-c", _PROBE, _GRAPH, name])
+    tried = _run([*_PYTHON, _PROBE, _GRAPH, name])
     if tried.answer is None:
         return Finding(name, "problem", tried.reason, _remedy(tried.reason))
     if tried.answer[0] != name:

@@ -26,11 +26,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mimco_deploy.errors import ConditionError, ConfigError
+from mimco_deploy.errors import ConditionError, ConfigError, MissingExtraError
 from mimco_deploy.serving.catalog import Listed, as_listed
 from mimco_deploy.serving.scan import readable
 from mimco_deploy.serving.schema import FUNCTIONS, columns_for_conditions
-from mimco_deploy.serving.side_table import SideTable, read_side_table
+from mimco_deploy.serving.side_table import SideTable, column_names, read_side_table
 
 COLUMNS = {
     "path": "absolute",
@@ -129,6 +129,27 @@ class Filter:
 
     def __bool__(self) -> bool:
         return bool(self.where or self.root)
+
+
+def columns_with(table: Path | None) -> dict[str, str]:
+    """What a condition can name, with what it is; with the columns of a side table, if that can be read."""
+    try:
+        names = [] if table is None else _renamed(column_names(table), table)[1]
+    except (OSError, ValueError, csv.Error, ConfigError, MissingExtraError):  # which a condition over it is told
+        return COLUMNS
+    return COLUMNS | {name: "of the side table" for name in names if name != "side_key"}
+
+
+def _renamed(names: Sequence[str], table: Path) -> tuple[str, list[str]]:
+    """The column of a side table that finds the files, and what a condition calls each."""
+    key = next((wanted for wanted in _KEYS if wanted in names), None)
+    if key is None:
+        raise ConfigError(
+            f"{readable(table)} has the columns {', '.join(names)}", expected=f"one of {', '.join(_KEYS)}"
+        )
+    if len({name.lower() for name in names}) < len(names) or len(names) > _MAX_COLUMNS:
+        raise ValueError(f"{len(names)} columns, some of one name or too many")
+    return key, ["side_key" if name == key else f"side_{name}" if name.lower() in _TAKEN else name for name in names]
 
 
 class FilteredFiles:
@@ -294,14 +315,7 @@ class FilteredFiles:
     def _load(self, side: SideTable, table: Path) -> str:
         """Copy the table into a temporary one; returns what its key is."""
         names = side.names
-        key = next((wanted for wanted in _KEYS if wanted in names), None)
-        if key is None:
-            raise ConfigError(
-                f"{readable(table)} has the columns {', '.join(names)}", expected=f"one of {', '.join(_KEYS)}"
-            )
-        if len({name.lower() for name in names}) < len(names) or len(names) > _MAX_COLUMNS:
-            raise ValueError(f"{len(names)} columns, some of one name or too many")
-        renamed = ["side_key" if name == key else f"side_{name}" if name.lower() in _TAKEN else name for name in names]
+        key, renamed = _renamed(names, table)
         self._side_columns = [name for name in renamed if name != "side_key"]
         columns = ", ".join(
             f"{_quoted(name)} {'TEXT' if name == 'side_key' else kind}"

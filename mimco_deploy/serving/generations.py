@@ -70,7 +70,7 @@ def current_generation(index: Path) -> Generation:
     """Find the generation to read.
 
     Raises:
-        IndexBusyError: its pointer is of a newer format.
+        IndexNewerError: its pointer is of a newer format.
         IndexStoreError: there is no index, or its pointer cannot be read.
     """
     pointer = index / POINTER_FILE

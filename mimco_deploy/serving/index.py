@@ -230,19 +230,6 @@ class ImageIndex:
             assert connection.filters is not None
             return connection.filters.page(condition, after, limit)
 
-    def columns(self, table: Path | None) -> dict[str, str]:
-        """What a condition can name, with what it is.
-
-        Args:
-            table: whose columns it may name too.
-
-        Raises:
-            ConfigError: the table cannot be read.
-        """
-        with self._connected(Filter(table=table)) as connection:
-            assert connection.filters is not None
-            return connection.filters.columns
-
     def tuning(self) -> Tuning:
         """How the index is searched, exactly or not, and how good that is."""
         with self._reading() as (_, catalog):

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from mimco_deploy.atomic import remove_temporaries, sync_dir, sync_file, temporary_beside
+from mimco_deploy.atomic import only_writer, remove_temporaries, sync_dir, sync_file, temporary_beside
 from mimco_deploy.errors import IndexStoreError, MissingExtraError
 from mimco_deploy.images import Facts
 from mimco_deploy.serving.catalog import Catalog, NewContent, Root
@@ -109,7 +109,9 @@ def export_index(index: Path, target: Path) -> int:
     write = _format_of(target)[0]
     if not target.parent.is_dir():
         raise IndexStoreError(f"no folder {readable(target.parent)}", expected="one that exists, to write into")
-    return read_current(index, lambda generation: _export(generation, target, write))
+    target = Path(os.path.realpath(target))
+    with only_writer(target, IndexStoreError(f"another process writes {readable(target)}", expected="one at a time")):
+        return read_current(index, lambda generation: _export(generation, target, write))
 
 
 def _export(generation: Generation, target: Path, write: Callable[..., None]) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mimco_deploy.bundle import EncoderSpec
-from mimco_deploy.errors import ConfigError, ImageError
+from mimco_deploy.errors import ConfigError, ImageError, QueryError
 from mimco_deploy.preprocess import Crop, decode_pixels, read_pixels
 from mimco_deploy.serving import MAX_WEIGHT
 from mimco_deploy.serving.encoders import Encoder
@@ -103,7 +103,7 @@ def weighted_sum(weights: Sequence[float], embeddings: Sequence[npt.NDArray[np.f
         [D], of length 1.
 
     Raises:
-        ConfigError: they cancel each other, or one is out of range.
+        ConfigError: one is out of range; `QueryError`: they cancel each other.
     """
     for weight in weights:
         if not abs(weight) <= MAX_WEIGHT:
@@ -113,7 +113,7 @@ def weighted_sum(weights: Sequence[float], embeddings: Sequence[npt.NDArray[np.f
     total = np.asarray(weights, np.float64) @ np.asarray(embeddings, np.float64)
     length = float(np.linalg.norm(total))
     if length < 1e-6:
-        raise ConfigError("the pictures of the query cancel each other", expected="other weights")
+        raise QueryError("the pictures of the query cancel each other", expected="other weights")
     return np.asarray(total / length, np.float32)
 
 

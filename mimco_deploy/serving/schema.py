@@ -10,7 +10,7 @@ import logging
 import sqlite3
 from pathlib import Path
 
-from mimco_deploy.errors import IndexBusyError, IndexStoreError
+from mimco_deploy.errors import IndexNewerError, IndexStoreError
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def other_format(path: Path, found: object, expected: int) -> IndexStoreError:
     """What is wrong with a file of another format. A newer one is sound, and nothing may take its place."""
     said = f"{path} has format version {found}"
     if str(found).isdecimal() and int(str(found)) > expected:
-        return IndexBusyError(said, expected=f"{expected}, or a newer mimco")
+        return IndexNewerError(said, expected=f"{expected}, or a newer mimco")
     return IndexStoreError(said, expected=str(expected), command="mimco index reindex DIR")
 
 

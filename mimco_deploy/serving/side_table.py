@@ -54,6 +54,21 @@ _CODE = re.compile(r"0\d")
 _LARGEST = 19, str(2**63 - 1)
 
 
+def column_names(table: Path) -> list[str]:
+    """The names of a table's columns, of which no more is read than tells them.
+
+    Raises:
+        OSError, ValueError, csv.Error: they cannot be read, or are told once only, as by a pipe.
+        MissingExtraError: Parquet without pyarrow.
+    """
+    if not table.is_file():
+        raise ValueError("no file")
+    if table.suffix.lower() == ".parquet":
+        return _read_parquet(table).names
+    with table.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        return [readable(field) for field in next(filter(None, csv.reader(file)), [])]
+
+
 def _is_code(field: str) -> bool:
     """Whether it is no number for whoever wrote it: its zeros count, or all its digits, of which SQLite keeps 15."""
     return _CODE.match(field) is not None or (field.isdecimal() and (len(field), field) > _LARGEST)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import watchfiles
 
-from mimco_deploy.errors import IndexBusyError, IndexStoreError
+from mimco_deploy.errors import IndexBusyError, IndexNewerError, IndexStoreError
 from mimco_deploy.serving.encoders import Encoder
 from mimco_deploy.serving.generations import has_index
 from mimco_deploy.serving.roots import existing_folder, recorded_roots
@@ -74,7 +74,8 @@ def watch_folders(
         try:
             report = update_index(index, present if roots else [], encoder, encoder_path=encoder_path)
         except IndexStoreError as error:
-            if not isinstance(error, IndexBusyError) and all(map(can_be_walked, present)):
+            waits = isinstance(error, IndexBusyError) and not isinstance(error, IndexNewerError)
+            if not waits and all(map(can_be_walked, present)):
                 raise  # else one went just now
             logger.warning("%s; trying again", error)
             stop.wait(_BUSY_S)

@@ -25,7 +25,7 @@ from mimco_deploy.training.config import Stage1Config, Stage2Config
 from mimco_deploy.training.corpus import Corpus
 from mimco_deploy.training.data import MakeViews, StepSampler, Views, load_batches
 from mimco_deploy.training.distributed import any_process, is_main, mean_of_all, world_size
-from mimco_deploy.training.monitor import COLLAPSED, RunLog, check_alive, check_finite, collapse_limit
+from mimco_deploy.training.monitor import COLLAPSED, RunLog, check_alive, check_finite, collapse_limit, first_spread
 from mimco_deploy.training.step import Stepper
 from mimco_deploy.training.watch import Watch
 
@@ -81,7 +81,7 @@ def train(
     sampler = StepSampler(len(corpus), run, step)
     restore = functools.partial(_restore, resume, method, corpus)
     stepper = Stepper(method, config, sampler.steps_per_epoch, restore)
-    meter = _Meter(run.global_batch_size)
+    meter = _Meter(run.global_batch_size, collapse_limit(first_spread(folder)) if resume else COLLAPSED)
 
     def next_views() -> Views:
         with meter.waiting():
@@ -101,7 +101,8 @@ def train(
             meter.add(step, stepper.take(step, next_views))
             step += 1
             done = step == sampler.total_steps
-            to_log, to_save = step % run.log_every_steps == 0, step % run.checkpoint_every_steps == 0
+            # The first step as well: what it shows is what later ones are compared with.
+            to_log, to_save = step == 1 or step % run.log_every_steps == 0, step % run.checkpoint_every_steps == 0
             stopping = asked_to_stop(stop, stepper.device, due=to_log or to_save or done)
             if to_log or done or stopping:
                 records.log(step)
@@ -243,12 +244,11 @@ def stop_requests() -> Iterator[threading.Event]:
 class _Meter:
     """Collects metrics on the device and reads them back only when a row is due: no step waits for the one before."""
 
-    def __init__(self, images_per_step: int) -> None:
-        self._images = images_per_step
+    def __init__(self, images_per_step: int, limit: float) -> None:
+        self._images, self._limit = images_per_step, limit
         self._pending: list[tuple[int, dict[str, Tensor]]] = []
         self.checked: list[tuple[int, dict[str, float]]] = []
         """Steps looked at since the last row of the log, with their metrics."""
-        self._limit: float | None = None
         self._waited = 0.0
         self._steps = 0
         self._since = time.perf_counter()
@@ -277,9 +277,9 @@ class _Meter:
         for (step, _), values in zip(self._pending, mean_of_all(table).tolist(), strict=True):
             row = dict(zip(names, values, strict=True))
             self.checked.append((step, row))
-            if self._limit is None and "feature_spread" in row:
+            if step == 0 and "feature_spread" in row:
                 self._limit = collapse_limit(row["feature_spread"])
-            check_alive(step, row, self._limit or COLLAPSED)
+            check_alive(step, row, self._limit)
         self._pending.clear()
 
     def flush(self) -> dict[str, float]:

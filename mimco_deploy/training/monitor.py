@@ -17,6 +17,7 @@ from mimco_deploy.errors import TrainingError
 COLLAPSED = 1e-2
 """Feature spread below which embeddings no longer tell images apart. bf16 alone rounds equal features to 3e-3 to 5e-3;
 untrained encoders were seen at 3e-2 and more, trained ones at 0.3."""
+LOG_FILE = "log.jsonl"
 EQUAL = 1e-4
 """Features that differ by rounding alone, in fp32."""
 
@@ -44,6 +45,16 @@ def collapse_limit(first: float) -> float:
     Untrained encoders tell dark pictures with little on them apart by less than `COLLAPSED`, and learn to all the same.
     """
     return max(EQUAL, min(COLLAPSED, first / 4))
+
+
+def first_spread(folder: Path) -> float:
+    """The feature spread of a run's first step, by its log. NaN where that tells none: then the usual limit holds."""
+    try:
+        with (folder / LOG_FILE).open(encoding="utf-8") as file:
+            row = json.loads(file.readline())
+        return float(row["feature_spread"]) if row["step"] == 0 else math.nan
+    except (OSError, ValueError, KeyError, TypeError):
+        return math.nan
 
 
 def check_alive(step: int, row: Mapping[str, float], limit: float = COLLAPSED) -> None:
@@ -96,7 +107,7 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
-        self._path = folder / "log.jsonl"
+        self._path = folder / LOG_FILE
         kept = []
         if self._path.exists() and first_step:
             lines = self._path.read_text(encoding="utf-8").splitlines()

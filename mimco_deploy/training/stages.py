@@ -40,7 +40,7 @@ from mimco_deploy.training.methods.simmim import SimMIM
 from mimco_deploy.training.published import load_teacher
 from mimco_deploy.training.run_folder import make_way, only_writer
 from mimco_deploy.training.schedules import check_warmup
-from mimco_deploy.training.step import Method, compiles
+from mimco_deploy.training.step import Method, check_compiler
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def train_stage1(
         torch.manual_seed(config.run.seed)
         method, make_views = build_stage1(config)
         start_encoder(method, config.start_from, resume)
-        compiles(config.run, device)  # if it cannot be, nothing is moved aside
+        check_compiler(config.run, device)
         make_way(folder, resuming=resume is not None)
         train(method.to(device), config, corpus, make_views, folder, asked=asked, resume=resume, on_step=on_step)
 
@@ -97,7 +97,7 @@ def train_stage2(
         torch.manual_seed(config.run.seed)
         method, make_views = build_stage2(config, teacher)
         start_encoder(method, config.start_from, resume)
-        compiles(config.run, device)  # if it cannot be, nothing is moved aside
+        check_compiler(config.run, device)
         make_way(folder, resuming=resume is not None)
         train(method.to(device), config, corpus, make_views, folder, asked=asked, resume=resume, on_step=on_step)
 

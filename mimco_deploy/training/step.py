@@ -151,19 +151,28 @@ _COMPILERS = {"cuda": ("CC", "cc", "gcc", "clang"), "cpu": ("CXX", "c++", "g++",
 """What torch compiles with on a device: an environment variable, and names."""
 
 
-def compiles(run: RunConfig, device: torch.device) -> bool:
-    """Whether backbones are compiled: where asked, and by default on GPUs, where the minutes it takes come back.
+def check_compiler(run: RunConfig, device: torch.device) -> None:
+    """Refuse what cannot be compiled before anything is moved out of the way.
 
     Raises:
         ConfigError: it was asked for, and there is no compiler for C or C++, which it needs.
     """
-    if run.compile == "off" or (run.compile == "auto" and device.type != "cuda"):
-        return False
+    if run.compile == "on" and not _has_compiler(device):
+        variable, name, *_ = _COMPILERS[device.type]
+        raise ConfigError("run.compile on without a compiler", expected=f"{name} or what {variable} names, or off")
+
+
+def _has_compiler(device: torch.device) -> bool:
     variable, *names = _COMPILERS[device.type]
-    if any(map(shutil.which, (os.environ.get(variable, names[0]), *names))):
+    return any(map(shutil.which, (os.environ.get(variable, names[0]), *names)))
+
+
+def compiles(run: RunConfig, device: torch.device) -> bool:
+    """Whether backbones are compiled: where asked, and by default on GPUs, where the minutes it takes come back."""
+    if run.compile != "auto" or device.type != "cuda":
+        return run.compile == "on"
+    if _has_compiler(device):
         return True
-    if run.compile == "on":
-        raise ConfigError("run.compile on without a compiler", expected=f"{names[0]} or what {variable} names, or off")
     logger.warning("no C compiler, which compiled steps need: they run as they are, and take longer")
     return False
 

@@ -33,7 +33,7 @@ from mimco_deploy.training.monitor import check_alive, check_finite
 from mimco_deploy.training.report import write_report
 from mimco_deploy.training.run_folder import make_way, only_writer
 from mimco_deploy.training.schedules import check_warmup, lr_schedule
-from mimco_deploy.training.step import compiles, no_sync, parallel, uses_bf16
+from mimco_deploy.training.step import check_compiler, compiles, no_sync, parallel, uses_bf16
 from mimco_deploy.training.supervised_checkpoint import Progress, SavedRun, kind_of, save_run
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def train_with_labels(
         torch.manual_seed(config.run.seed)
         method = build_classifier(config, len(corpus.classes), resume).to(device)
         validation.geometry = method.encoder.geometry
-        compiles(config.run, device)  # if it cannot be, nothing is moved aside
+        check_compiler(config.run, device)
         make_way(folder, resuming=resume is not None)
         run = _Run(method, config, asked, corpus, validation, folder, resume, on_step)
         try:

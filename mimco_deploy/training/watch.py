@@ -17,7 +17,7 @@ from mimco_deploy.training.config import Stage1Config, Stage2Config
 from mimco_deploy.training.corpus import Corpus
 from mimco_deploy.training.data import MakeViews, StepSampler, load_batches, seed_for
 from mimco_deploy.training.method_config import pooling_of
-from mimco_deploy.training.probe import SHOWN, make_probe, read_sights, write_sights
+from mimco_deploy.training.probe import SHOWN, Sight, make_probe, read_sights, write_sights
 from mimco_deploy.training.report import write_report
 
 logger = logging.getLogger(__name__)
@@ -25,6 +25,16 @@ logger = logging.getLogger(__name__)
 NARROW = 2.0
 """Effective rank below which embeddings, though spread, lie along a single direction and around it."""
 _REPORT_STREAM = 2  # of random numbers, beside those of views and model
+
+
+def narrowed(first: Sight, last: Sight) -> str:
+    """What to say where the spread is sound and the embeddings are not: along one direction no loss is learned."""
+    if last.effective_rank >= min(NARROW, first.effective_rank / 2):
+        return ""
+    return (
+        f"after step {last.step} the effective rank of embeddings is {last.effective_rank:.1f}, at first it was "
+        f"{first.effective_rank:.1f}: they have all but collapsed; a lower optim.base_lr often helps"
+    )
 
 
 class Watch:
@@ -69,18 +79,8 @@ class Watch:
         if seen is not None:
             self._sights = [*(sight for sight in self._sights if sight.step < step), seen]
             write_sights(self._folder, self._sights)
-            if narrow := self._narrow():
+            if narrow := narrowed(self._sights[0], seen):
                 logger.warning("%s", narrow)
-
-    def _narrow(self) -> str:
-        """What to say where the spread is sound and the embeddings are not: along one direction no loss is learned."""
-        first, last = self._sights[0], self._sights[-1]
-        if last.effective_rank >= min(NARROW, first.effective_rank / 2):
-            return ""
-        return (
-            f"after step {last.step} the effective rank of embeddings is {last.effective_rank:.1f}, at first it was "
-            f"{first.effective_rank:.1f}: they have all but collapsed; a lower optim.base_lr often helps"
-        )
 
     def update(self, step: int, total_steps: int, *, look: bool) -> None:
         """Write the report; with `look` embed the probe's pictures first."""
@@ -101,7 +101,7 @@ class Watch:
 
     def _write(self, progress: str, alarm: str = "") -> None:
         name = self._config.backbone.name
-        alarm = alarm or (self._narrow() if self._sights else "")
+        alarm = alarm or (narrowed(self._sights[0], self._sights[-1]) if self._sights else "")
         title = f"{self._config.method.name} · {name} · {self._config.backbone.image_size_px} px"
         write_report(
             self._folder, title, progress, sights=self._sights, probe=self._probe, masked=self._masked, alarm=alarm

@@ -15,6 +15,7 @@ from mimco_deploy.atomic import (
     current_dir,
     only_writer,
     recover,
+    remove_temporaries,
     staged_dir,
     temporary_beside,
     write_bytes,
@@ -254,9 +255,8 @@ with only_writer(Path(sys.argv[1]), ConfigError("held")):
 """
 
 
-def test_a_second_writer_is_refused_however_it_spells_the_folder(tmp_path: Path) -> None:
-    (tmp_path / "link").symlink_to(tmp_path / "folder")
-    command = [sys.executable, "-c", HOLDS, str(tmp_path / "link")]
+def test_a_second_writer_is_refused(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HOLDS, str(tmp_path / "folder")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
@@ -264,8 +264,34 @@ def test_a_second_writer_is_refused_however_it_spells_the_folder(tmp_path: Path)
             pass
         other.kill()  # however it ends, the lock falls with it
     with only_writer(tmp_path / "folder", ConfigError("mine")):
-        assert names(tmp_path) == [".folder.lock", "link"]
-    assert names(tmp_path) == ["link"]
+        assert names(tmp_path) == [".folder.lock"]
+    assert names(tmp_path) == []
+
+
+def test_a_lock_file_of_another_user_is_in_the_way_only_while_it_is_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    (tmp_path / ".folder.lock").touch()
+    with only_writer(tmp_path / "folder", ConfigError("mine")):
+        pass
+    command = [sys.executable, "-c", HOLDS, str(tmp_path / "folder")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ConfigError, match="mine"), only_writer(tmp_path / "folder", ConfigError("mine")):
+            pass
+        other.kill()
+
+
+def test_names_beside_a_long_one_tell_it_from_another_that_begins_alike(tmp_path: Path) -> None:
+    one, other = (tmp_path / ("a" * 240 + end) for end in ("1", "2"))
+    left = temporary_beside(one)
+    left.touch()
+    remove_temporaries(other)
+    assert left.exists()
+    remove_temporaries(one)
+    assert not left.exists()
 
 
 def test_a_lock_that_its_holder_removes_at_that_moment_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

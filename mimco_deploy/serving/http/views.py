@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from mimco_deploy.errors import ConfigError, MissingExtraError
+from mimco_deploy.errors import ConfigError
 from mimco_deploy.serving.catalog import Listed
-from mimco_deploy.serving.filters import COLUMNS
+from mimco_deploy.serving.filters import columns_with
 from mimco_deploy.serving.generations import writing_process
 from mimco_deploy.serving.http import schemas
 from mimco_deploy.serving.http.batching import BusyError
@@ -64,16 +64,9 @@ class Views:
             search={"kind": found.search.kind, "reason": found.search.reason, "recall": found.search.recall},
             writer=writing_process(service.path),
             patches=bool(service.now.encoder.spec.patch_grid) and hasattr(service.now.encoder, "embed_with_patches"),
-            columns=await self._columns(),
+            columns=await asyncio.to_thread(columns_with, service.settings.table),
             max_upload_bytes=service.settings.max_upload_mib * 2**20,
         )
-
-    async def _columns(self) -> dict[str, str]:
-        table = self._service.settings.table
-        try:
-            return await self._service.read(lambda index: index.columns(table))
-        except (ConfigError, MissingExtraError):  # which a condition over it is told
-            return COLUMNS
 
     async def pictures(self, where: str, root: str | None, limit: int, after: str | None) -> schemas.PicturePage:
         """Some files, by folder and name.

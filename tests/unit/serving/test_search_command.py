@@ -113,6 +113,8 @@ def test_a_query_that_cancels_itself_does_not_stop_the_others(workspace: Path) -
     assert run(workspace, one, "--minus", one).exit_code == 1
     wrong = run(workspace, one, two, "--minus", one, "--where", "colour = 1")
     assert (wrong.exit_code, wrong.stderr.count("cannot be used")) == (1, 1)
+    wrong = run(workspace, two, two, "--minus", one, "--root", workspace.parent / "nowhere")
+    assert (wrong.exit_code, wrong.stderr.count("Error: ")) == (1, 1)
 
 
 def test_a_list_of_another_system_and_an_empty_one(workspace: Path) -> None:

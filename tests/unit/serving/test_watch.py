@@ -142,6 +142,16 @@ def test_a_folder_that_is_away_for_a_while_is_passed_over(
         watch.end()
 
 
+def test_an_index_that_a_newer_mimco_made_meanwhile_ends_it(photos: Path, tmp_path: Path) -> None:
+    reports = watch_folders(tmp_path / "index", [photos], CountingEncoder(), settle_s=0.1)
+    assert next(reports).added == 5
+    pointer = tmp_path / "index/index.json"
+    pointer.write_text(pointer.read_text("utf-8").replace('"format_version": 1', '"format_version": 2'), "utf-8")
+    save(photos / "new.png", 77)
+    with pytest.raises(IndexStoreError, match="has format version 2; expected 1, or a newer mimco"):
+        next(reports)
+
+
 def test_a_folder_that_is_not_there_and_nothing_to_watch_are_refused(tmp_path: Path) -> None:
     with pytest.raises(IndexStoreError, match="does not exist"):
         next(watch_folders(tmp_path / "index", [tmp_path / "none"], CountingEncoder()))

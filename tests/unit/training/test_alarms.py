@@ -163,6 +163,22 @@ def test_the_limit_is_a_quarter_of_a_small_first_spread(first: float, limit: flo
     assert collapse_limit(first) == pytest.approx(limit)
 
 
+def test_a_resumed_run_is_compared_with_its_first_step(tmp_path: Path, photos: Path) -> None:
+    """And not with the step that it goes on from, which may be near a collapse by then."""
+
+    def fading(method: Faulty, row: Rows) -> Rows:
+        return {**row, "feature_spread": torch.tensor([0.3, 0.011, 0.009][min(len(method.progress) - 1, 2)])}
+
+    for resume in (False, True):
+        checkpoint = read_checkpoint(tmp_path / "last") if resume else None
+        method = Faulty(0, fading)
+        method.progress += [0.0] * (2 if resume else 0)
+        config = stage1_config(photos, checkpoint_every_steps=2, log_every_steps=100)
+        views = OneCrop(16, config.views, mask_shape(16, 4, MASK))
+        with pytest.raises(TrainingError, match="step 3: features collapsed"):
+            train(method, config, load_corpus(config.data), views, tmp_path, resume=checkpoint)
+
+
 @pytest.mark.parametrize(("later", "message"), [(0.5, ""), (0.2, "step 3: features collapsed, spread")])
 def test_a_run_on_pictures_that_hardly_differ_begins(tmp_path: Path, photos: Path, later: float, message: str) -> None:
     def faint(method: Faulty, row: Rows) -> Rows:

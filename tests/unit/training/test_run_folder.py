@@ -45,6 +45,14 @@ def test_two_trainings_do_not_write_into_one_folder(tmp_path: Path) -> None:
         pass
 
 
+def test_a_folder_that_is_a_link_is_locked_where_it_would_be_moved_aside(tmp_path: Path) -> None:
+    """`--fresh` renames the link, so that a lock beside what it leads to would say nothing of its place."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "stage1").symlink_to(tmp_path / "disk")
+    with only_writer(tmp_path / "stage1"):
+        assert (tmp_path / ".stage1.lock").exists()
+
+
 def test_a_forked_loader_does_not_keep_the_lock(tmp_path: Path) -> None:
     folder = tmp_path / "stage1"
     with only_writer(folder):

@@ -14,7 +14,7 @@ from mimco_deploy.errors import ConfigError
 from mimco_deploy.training import step as stepping
 from mimco_deploy.training.config import Stage2Config
 from mimco_deploy.training.stages import train_stage1
-from mimco_deploy.training.step import WIDE, compiles, uses_bf16
+from mimco_deploy.training.step import WIDE, check_compiler, compiles, uses_bf16
 from tests.unit.training.small import (
     BACKBONE,
     assert_close_weights,
@@ -66,7 +66,8 @@ def test_without_a_compiler_nothing_is_compiled_unless_asked(
     assert "no C compiler" in caplog.text
     for device, name in ((GPU, "cc"), (CPU, r"c\+\+")):
         with pytest.raises(ConfigError, match=rf"run\.compile on without a compiler; expected {name}"):
-            compiles(run_config(compile="on"), device)
+            check_compiler(run_config(compile="on"), device)
+        check_compiler(run_config(compile="auto"), device)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for a CPU by g++")

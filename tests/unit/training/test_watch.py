@@ -27,6 +27,7 @@ from mimco_deploy.training.probe import (
     CLASSES,
     PICTURES,
     Probe,
+    Sight,
     choose,
     effective_rank,
     leave_one_out,
@@ -35,6 +36,7 @@ from mimco_deploy.training.probe import (
     write_sights,
 )
 from mimco_deploy.training.report import write_report
+from mimco_deploy.training.watch import narrowed
 from tests.unit.training.small import (
     BACKBONE,
     Stub,
@@ -196,6 +198,7 @@ def test_a_run_of_each_method_leaves_a_report(tmp_path: Path, photos: Path, name
     assert page.text.startswith(config.method.name)
     assert "step 6 of 6" in page.text
     assert "effective rank" in page.text
+    assert "collapsed" not in page.text
     assert "script" not in page.tags
     masked = config.method.name in ("mimco", "simmim", "mae", "joint")
     assert ("Masks" in page.text) == masked
@@ -244,6 +247,14 @@ def test_no_spike_is_lost_in_a_long_log(tmp_path: Path) -> None:
     drawn = re.findall(r"([\d.]+),([\d.]+)", text.partition("<polyline points='")[2].partition("'")[0])
     assert len(drawn) < 1000
     assert min(float(y) for _, y in drawn) == 0  # the top of the chart
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "told"), [(31.6, 1.8, True), (31.6, 2.1, False), (3.0, 1.6, False), (1.6, 1.5, False)]
+)
+def test_a_rank_is_low_below_two_and_below_half_of_the_first(first: float, last: float, told: bool) -> None:
+    """Of two pictures it is two at most."""
+    assert bool(narrowed(Sight(1, 0.2, first, None, [], []), Sight(9, 0.2, last, None, [], []))) == told
 
 
 def test_embeddings_along_one_direction_are_warned_of(
