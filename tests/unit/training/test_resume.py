@@ -319,13 +319,16 @@ def test_the_log_holds_the_lr_and_the_metrics_of_each_logged_step(tmp_path: Path
     config = stage1_config(photos, log_every_steps=2, epochs=3)
     train_stub(config, tmp_path / "run", on_step=reports.append)
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [line["step"] for line in lines] == [1, 3, 5, 7, 8]
-    assert [report.step for report in reports] == [2, 4, 6, 8, 9]
+    assert [line["step"] for line in lines] == [0, 1, 3, 5, 7, 8]  # the first, every second, and the last
+    assert [report.step for report in reports] == [1, 2, 4, 6, 8, 9]
     assert all(report.total_steps == 9 for report in reports)
     peak = 0.03 * 8 / 256
-    assert lines[0]["lr"] == pytest.approx(peak / 2)  # warm-up of half an epoch, rounded to 2 steps
+    assert [line["lr"] for line in lines[:2]] == [
+        0.0,
+        pytest.approx(peak / 2),
+    ]  # warm-up of half an epoch, rounded to 2 steps
     assert max(line["lr"] for line in lines) <= peak
-    assert lines[-1]["lr"] < lines[2]["lr"]
+    assert lines[-1]["lr"] < lines[3]["lr"]
     for line, report in zip(lines, reports, strict=True):
         assert {"loss", "feature_spread", "images_per_s", "waiting"} <= line.keys()
         assert report.metrics == {name: line[name] for name in ("loss", "feature_spread")}
