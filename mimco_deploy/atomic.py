@@ -115,12 +115,10 @@ def only_writer(target: Path, refusal: MimcoError) -> Iterator[None]:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     lock = target.with_name(f".{_short(target.name)}.lock")
-    kind, how = ("ab", fcntl.LOCK_EX)
-    if lock.exists() and not os.access(lock, os.W_OK):
-        kind, how = ("rb", fcntl.LOCK_SH)  # another user's, in a folder of several: left over, or held
-    with lock.open(kind) as file:
+    is_others = lock.exists() and not os.access(lock, os.W_OK)  # in a folder of several users: left over, or held
+    with lock.open("rb" if is_others else "ab") as file:
         try:
-            fcntl.lockf(file, how | fcntl.LOCK_NB)
+            fcntl.lockf(file, (fcntl.LOCK_SH if is_others else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             raise refusal from None
         except OSError as error:

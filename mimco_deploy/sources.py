@@ -167,9 +167,8 @@ def _in_tar(path: Path, folder: str | None) -> Iterable[Picture]:
                     within = inside.parent.as_posix() if inside.parent.name else folder
                     found[inside] = Picture(path, member.offset_data, member.size, f"{path}:{member.name}", within)
             file.seek(archive.offset)
-            if any(
-                file.read(tarfile.BLOCKSIZE)
-            ):  # Python notices where data are cut off, and takes half a header for the end
+            # Python notices where data are cut off, and takes half a header for the end.
+            if any(file.read(tarfile.BLOCKSIZE)):
                 raise tarfile.ReadError(f"cut off or broken at byte {archive.offset}")
     except (tarfile.TarError, OSError) as error:
         expected = "a plain .tar, which is read in place; unpack or decompress it first"

@@ -170,11 +170,6 @@ class FilteredFiles:
         self._defined_for: tuple[list[tuple[int, bytes]], dict[str, str]] | None = None
         self._define_views()
 
-    @property
-    def columns(self) -> dict[str, str]:
-        """What a condition can name, with what it is; of the side table that was loaded, too."""
-        return {**COLUMNS, **dict.fromkeys(self._side_columns, "of the side table")}
-
     def rows(self, condition: Filter) -> npt.NDArray[np.int64]:
         """Rows of the vector store with at least one file for which the condition holds.
 
@@ -252,7 +247,7 @@ class FilteredFiles:
 
     def _check_quoted(self, condition: Filter) -> None:
         """Refuse a name in double quotes that is no column: SQLite would take it for a text."""
-        columns = {name.lower() for name in self.columns}
+        columns = {name.lower() for name in (*COLUMNS, *self._side_columns)}
         for name in _QUOTED.findall(condition.where):
             if name and name[1:-1].replace('""', '"').lower() not in columns:
                 raise self._refused(condition, ValueError(f"{name!r} is no column; texts stand in single quotes"))
@@ -296,7 +291,7 @@ class FilteredFiles:
         text = f"takes more than {self._limit_s:g} s" if str(error) == "interrupted" else str(error)
         return ConditionError(
             f"the condition {condition.where!r} cannot be used ({text})",
-            expected=f"an expression of SQL over {', '.join(self.columns)}",
+            expected=f"an expression of SQL over {', '.join((*COLUMNS, *self._side_columns))}",
         )
 
     # ------------------------------------------------------------------ the side table

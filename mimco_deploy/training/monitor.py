@@ -17,9 +17,9 @@ from mimco_deploy.errors import TrainingError
 COLLAPSED = 1e-2
 """Feature spread below which embeddings no longer tell images apart. bf16 alone rounds equal features to 3e-3 to 5e-3;
 untrained encoders were seen at 3e-2 and more, trained ones at 0.3."""
-LOG_FILE = "log.jsonl"
 EQUAL = 1e-4
 """Features that differ by rounding alone, in fp32."""
+LOG_FILE = "log.jsonl"
 
 
 @torch.no_grad()

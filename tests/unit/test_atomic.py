@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -255,14 +257,21 @@ with only_writer(Path(sys.argv[1]), ConfigError("held")):
 """
 
 
-def test_a_second_writer_is_refused(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", HOLDS, str(tmp_path / "folder")]
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """By another process, which is killed: however it ends, the lock falls with it."""
+    command = [sys.executable, "-c", HOLDS, str(folder)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(ConfigError, match="mine"), only_writer(tmp_path / "folder", ConfigError("mine")):
-            pass
-        other.kill()  # however it ends, the lock falls with it
+        yield
+        other.kill()
+
+
+def test_a_second_writer_is_refused(tmp_path: Path) -> None:
+    refused = pytest.raises(ConfigError, match="mine")
+    with held(tmp_path / "folder"), refused, only_writer(tmp_path / "folder", ConfigError("mine")):
+        pass
     with only_writer(tmp_path / "folder", ConfigError("mine")):
         assert names(tmp_path) == [".folder.lock"]
     assert names(tmp_path) == []
@@ -275,13 +284,9 @@ def test_a_lock_file_of_another_user_is_in_the_way_only_while_it_is_held(
     (tmp_path / ".folder.lock").touch()
     with only_writer(tmp_path / "folder", ConfigError("mine")):
         pass
-    command = [sys.executable, "-c", HOLDS, str(tmp_path / "folder")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "held\n"
-        with pytest.raises(ConfigError, match="mine"), only_writer(tmp_path / "folder", ConfigError("mine")):
-            pass
-        other.kill()
+    refused = pytest.raises(ConfigError, match="mine")
+    with held(tmp_path / "folder"), refused, only_writer(tmp_path / "folder", ConfigError("mine")):
+        pass
 
 
 def test_names_beside_a_long_one_tell_it_from_another_that_begins_alike(tmp_path: Path) -> None:

@@ -7,13 +7,24 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import gallery
-from tests.unit.serving.place import Place
+from mimco_deploy.serving.update import update_index
+from tests.helpers import CountingEncoder, gallery, tiny_bundle
+from tests.unit.serving.place import COUNT, Place
 
 
 @pytest.fixture
 def place(tmp_path: Path) -> Place:
     return Place(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`COUNT` indexed pictures and their encoder, for tests that only search."""
+    workspace = tmp_path_factory.mktemp("query").resolve()
+    gallery(workspace / "photos", COUNT)
+    tiny_bundle(workspace / "encoder")
+    update_index(workspace / "index", [workspace / "photos"], CountingEncoder())
+    return workspace
 
 
 @pytest.fixture

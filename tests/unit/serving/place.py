@@ -13,6 +13,9 @@ from mimco_deploy.serving.moves import move_duplicates
 from mimco_deploy.serving.update import update_index
 from tests.helpers import CountingEncoder
 
+COUNT = 60
+"""Pictures in the workspace that tests search in."""
+
 
 class Place:
     """Folders of pictures under one index."""

@@ -15,18 +15,8 @@ from mimco_deploy.serving.catalog import Catalog
 from mimco_deploy.serving.generations import current_generation
 from mimco_deploy.serving.query import query_embedding, query_pixels
 from mimco_deploy.serving.why import explain
-from tests.helpers import SIDE, CountingEncoder, Embeddings, Images, gallery, noise, save, tiny_bundle, tiny_spec
-
-COUNT = 60
-
-
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    workspace = tmp_path_factory.mktemp("query").resolve()
-    gallery(workspace / "photos", COUNT)
-    tiny_bundle(workspace / "encoder")
-    update_index(workspace / "index", [workspace / "photos"], CountingEncoder())
-    return workspace
+from tests.helpers import SIDE, CountingEncoder, Embeddings, Images, gallery, noise, save, tiny_spec
+from tests.unit.serving.place import COUNT
 
 
 @pytest.fixture

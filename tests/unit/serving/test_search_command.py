@@ -14,18 +14,8 @@ from click.testing import CliRunner, Result
 from mimco_deploy.cli import main
 from mimco_deploy.serving import update_index
 from mimco_deploy.serving.encoders import load_encoder
-from tests.helpers import CountingEncoder, gallery, noise, save, tiny_bundle
-
-COUNT = 60
-
-
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    workspace = tmp_path_factory.mktemp("query").resolve()
-    gallery(workspace / "photos", COUNT)
-    tiny_bundle(workspace / "encoder")
-    update_index(workspace / "index", [workspace / "photos"], CountingEncoder())
-    return workspace
+from tests.helpers import noise, save, tiny_bundle
+from tests.unit.serving.place import COUNT
 
 
 def run(workspace: Path, *words: object, stdin: bytes = b"") -> Result:

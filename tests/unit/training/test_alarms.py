@@ -27,9 +27,7 @@ from tests.unit.training.small import MASK, Stub, draw_photos, rows_of, stage1_c
 Rows = dict[str, Tensor]
 
 
-@pytest.fixture(autouse=True)
-def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+pytestmark = pytest.mark.usefixtures("on_cpu")
 
 
 @pytest.fixture(scope="module")

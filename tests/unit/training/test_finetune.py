@@ -44,7 +44,6 @@ from tests.unit.training.labelled import (
     CONFIGS,
     KINDS,
     draw_classes,
-    draw_labelled,
     finetune_config,
     linear_config,
     rows_of,
@@ -57,14 +56,7 @@ STEPS = 9
 REPOSITORY = Path(__file__).parents[3]
 
 
-@pytest.fixture(autouse=True)
-def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-
-
-@pytest.fixture(scope="module")
-def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return draw_labelled(tmp_path_factory.mktemp("labelled"))
+pytestmark = pytest.mark.usefixtures("on_cpu")
 
 
 def optimizer_of(folder: Path) -> Any:

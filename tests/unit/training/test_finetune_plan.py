@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from click.testing import CliRunner
 
 from mimco_deploy.cli import main
@@ -21,18 +20,10 @@ from mimco_deploy.training.finetune_config import finetune_preset, linear_preset
 from mimco_deploy.training.plan import fit_to_memory, plan_run
 from mimco_deploy.training.supervised import train_with_labels
 from mimco_deploy.training.supervised_checkpoint import read_run
-from tests.unit.training.labelled import BOTH, CONFIGS, draw_labelled, finetune_config, save_encoder
+from tests.unit.training.labelled import BOTH, CONFIGS, finetune_config, save_encoder
 from tests.unit.training.small import BACKBONE, stop_at
 
-
-@pytest.fixture(autouse=True)
-def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-
-
-@pytest.fixture(scope="module")
-def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return draw_labelled(tmp_path_factory.mktemp("planned"))
+pytestmark = pytest.mark.usefixtures("on_cpu")
 
 
 @BOTH

@@ -36,21 +36,12 @@ from tests.unit.training.labelled import (
     CONFIGS,
     KINDS,
     draw_classes,
-    draw_labelled,
     finetune_config,
     linear_config,
 )
 from tests.unit.training.small import BACKBONE, SWIN, run_config
 
-
-@pytest.fixture(autouse=True)
-def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-
-
-@pytest.fixture(scope="module")
-def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return draw_labelled(tmp_path_factory.mktemp("labelled"))
+pytestmark = pytest.mark.usefixtures("on_cpu")
 
 
 # --- what trains and what does not ------------------------------------------------------------------------------------

@@ -17,10 +17,7 @@ from mimco_deploy.training.plan import MIB, DoesNotFitError, Plan, fit_accumulat
 from mimco_deploy.training.stages import train_stage1, train_stage2
 from tests.unit.training.small import BACKBONE, draw_photos, every_method, stage1_config, stage2_config, stop_at
 
-
-@pytest.fixture(autouse=True)
-def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+pytestmark = pytest.mark.usefixtures("on_cpu")
 
 
 @pytest.fixture(scope="module")

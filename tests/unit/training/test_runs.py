@@ -21,10 +21,7 @@ from mimco_deploy.training.runs import Request, open_stage1, open_stage2, recipe
 from mimco_deploy.training.stages import train_stage1, train_stage2
 from tests.unit.training.small import STEPS, draw_photos, stage1_config, stage2_config, stop_at
 
-
-@pytest.fixture(autouse=True)
-def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+pytestmark = pytest.mark.usefixtures("on_cpu")
 
 
 @pytest.fixture(scope="module")
